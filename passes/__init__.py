@@ -1,0 +1,23 @@
+"""Graph passes: a graph or facts about it come out; nothing is run and nothing global is changed."""
+
+from .flops import count_flops
+from .guard import guard, insert_guards, run_guarded
+from .observe import observe
+from .sites import Rejection, Site, analyze, find_sites
+from .specialize import specialize
+from .verify import GraphError, check_graph
+
+__all__ = [
+    "GraphError",
+    "Rejection",
+    "Site",
+    "analyze",
+    "check_graph",
+    "count_flops",
+    "find_sites",
+    "guard",
+    "insert_guards",
+    "observe",
+    "run_guarded",
+    "specialize",
+]

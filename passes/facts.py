@@ -1,0 +1,204 @@
+"""Facts about a graph that the passes share: order, ancestry, weights, which ops do heavy work."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, Node
+
+from .flops import _SDPA_WITHOUT_FORMULA
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+#: Key in a placeholder's metadata that marks it as a parameter or buffer; the value is its qualified name.
+WEIGHT = "smoothcache_weight"
+
+_SCALARS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+
+# Ops that hand on their first argument, element for element: a residual path is looked at through them.
+VIEWS_AND_CASTS = frozenset(
+    getattr(namespace, name)
+    for namespace, names in (
+        (aten, "view _unsafe_view reshape _reshape_alias view_copy permute permute_copy transpose t squeeze "
+               "unsqueeze squeeze_copy unsqueeze_copy clone contiguous alias detach lift_fresh _to_copy to "
+               "flatten unflatten"),
+        (prims, "convert_element_type view_of squeeze transpose"),
+    )
+    for name in names.split()
+    if hasattr(namespace, name)
+)
+
+MATMULS = frozenset(
+    getattr(aten, name)
+    for name in ("mm addmm bmm baddbmm matmul linear _int_mm _scaled_mm _weight_int8pack_mm _weight_int4pack_mm "
+                 "convolution _convolution mkldnn_convolution").split()
+    if hasattr(aten, name)
+)
+
+NONLINEAR = frozenset(
+    getattr(aten, name)
+    for name in ("gelu silu relu sigmoid tanh erf exp leaky_relu elu mish softplus hardswish hardtanh clamp_min "
+                 "relu6 prelu celu hardsigmoid log_sigmoid_forward threshold").split()
+    if hasattr(aten, name)
+)
+
+_POINTWISE_PRODUCTS = frozenset({aten.mul, aten.div, prims.mul, prims.div})
+
+
+def packet(node: Node) -> object:
+    """The op of a call without its overload: ``aten.add`` for ``aten.add.Tensor``."""
+    return getattr(node.target, "overloadpacket", node.target)
+
+
+def is_view_or_cast(node: Node) -> bool:
+    return node.op == "call_function" and packet(node) in VIEWS_AND_CASTS
+
+
+def through_views(node: Node) -> Node:
+    """The node that ``node`` is a view or cast of, or ``node`` itself."""
+    while is_view_or_cast(node) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def is_product(node: Node) -> bool:
+    return node.op == "call_function" and packet(node) in _POINTWISE_PRODUCTS
+
+
+def tensor_value(node: Node) -> torch.Tensor | None:
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def is_attention_op(node: Node) -> bool:
+    """Whether the op is a fused attention: its first two tensors are queries and keys."""
+    if node.op != "call_function":
+        return False
+    op = packet(node)
+    if op in _SDPA_WITHOUT_FORMULA:
+        return True
+    # Custom kernels (flash-attn, sage, xformers) and flex_attention are known by what they are called.
+    name = getattr(op, "__name__", str(op))
+    return "attention" in name or "attn" in name
+
+
+def is_opaque(node: Node) -> bool:
+    """Whether the op is one that PyTorch cannot see into: a custom op, a kernel, a higher-order op."""
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    namespace = getattr(node.target, "namespace", None)
+    return namespace is not None and namespace not in ("aten", "prims", "prim")
+
+
+@dataclass
+class GraphFacts:
+    """What one walk over a graph tells.
+
+    ``ancestors[node]`` is a bit set over node positions, so that "is a an ancestor of b" is one shift. Python's
+    integers make it quadratic in the number of nodes over 64, which for ten thousand nodes is milliseconds.
+    """
+
+    graph: Graph
+    position: dict[Node, int] = field(default_factory=dict)
+    nodes: list[Node] = field(default_factory=list)
+    ancestors: dict[Node, int] = field(default_factory=dict)
+    activations: set[Node] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for position, node in enumerate(self.graph.nodes):
+            self.nodes.append(node)
+            self.position[node] = position
+            self.ancestors[node] = 0
+            # A size read off an activation is no data flow: what only shares its shape does not descend from it.
+            if isinstance(node.meta.get("val"), _SCALARS):
+                continue
+            bits = 0
+            is_activation = node.op == "placeholder" and WEIGHT not in node.meta
+            for parent in node.all_input_nodes:
+                bits |= self.ancestors[parent] | (1 << self.position[parent])
+                is_activation = is_activation or parent in self.activations
+            self.ancestors[node] = bits
+            if is_activation:
+                self.activations.add(node)
+
+    def descends(self, node: Node, ancestor: Node) -> bool:
+        """Whether ``node`` is computed from ``ancestor`` (a node does not descend from itself)."""
+        return bool(self.ancestors[node] >> self.position[ancestor] & 1)
+
+    def between(self, start: Node, end: Node) -> list[Node]:
+        """The nodes that descend from ``start`` and lead to ``end``, ``end`` with them, in graph order."""
+        found, pending = set(), [end]
+        while pending:
+            node = pending.pop()
+            if node in found or not self.descends(node, start):
+                continue
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+        return sorted(found, key=self.position.__getitem__)
+
+    def weight_nodes(self, node: Node) -> list[Node]:
+        """The weight placeholders (or lifted constants) that the node takes, through views and casts."""
+        found, seen = [], set()
+        pending = [parent for parent in node.all_input_nodes if parent not in self.activations]
+        while pending:
+            parent = pending.pop()
+            if parent in seen:
+                continue
+            seen.add(parent)
+            if WEIGHT in parent.meta or parent.op == "get_attr":
+                found.append(parent)
+            pending.extend(parent.all_input_nodes)
+        return found
+
+    def bears_weight(self, node: Node) -> bool:
+        """Whether the node is a matmul, convolution or opaque op that mixes an activation with a parameter."""
+        if node not in self.activations or node.op != "call_function":
+            return False
+        if packet(node) not in MATMULS and not is_opaque(node):
+            return False
+        return bool(self.weight_nodes(node))
+
+    def mixes_activations(self, node: Node) -> tuple[Node, Node] | None:
+        """Queries and keys of an attention op (or of a matmul of two activations), else None."""
+        if is_attention_op(node):
+            tensors = [a for a in node.args if isinstance(a, Node) and a in self.activations]
+            return (tensors[0], tensors[1]) if len(tensors) > 1 else None
+        if packet(node) in (aten.bmm, aten.baddbmm, aten.matmul, aten.mm):
+            left, right = node.args[-2:] if packet(node) is aten.baddbmm else node.args[:2]
+            if left in self.activations and right in self.activations:
+                return left, right
+        return None
+
+
+def source_line(node: Node) -> str | None:
+    """``file.py:12 code`` of the model's line that made the node, innermost frame, or None."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return None
+    lines = [line.strip() for line in trace.strip().splitlines() if line.strip().strip("^~ ")]
+    places = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    if not places:
+        return None
+    head = lines[places[-1]].split(",")
+    path = head[0].removeprefix("File ").strip('"').rsplit("/", 1)[-1]
+    number = head[1].strip().removeprefix("line ") if len(head) > 1 else "?"
+    code = lines[places[-1] + 1] if places[-1] + 1 < len(lines) else ""
+    return f"{path}:{number} {code}".strip()
+
+
+def module_path(node: Node) -> str:
+    """The path of the module that made the node, relative to the captured frame's, or ''."""
+    stack = node.meta.get("nn_module_stack")
+    return frame_path(list(stack.values())[-1][0]) if stack else ""
+
+
+def frame_path(expression: str) -> str:
+    """A dotted path for Dynamo's expression of a module: ``L['self']._modules['blocks'].0@1`` -> ``blocks.0``."""
+    parts = re.findall(r"\w+", expression.split("@")[0])
+    inside = parts[2:] if parts[:1] in (["L"], ["G"]) else parts[1:]
+    return ".".join(part for part in inside if part not in ("__dict__", "_modules"))

@@ -1,0 +1,112 @@
+"""Put a guard behind every site's output: the graph in which each branch is computed or read from its cache.
+
+Before::
+
+    attn = addmm(bias, heads, weight)
+    gated = mul(gate, attn)
+    out = add(x, gated)
+
+After, with a buffer and a decision per site as new inputs::
+
+    attn = addmm(bias, heads, weight)
+    guard = guard(attn, cache_0, compute_0)
+    gated = mul(gate, guard)
+    out = add(x, gated)
+
+The guarded graph runs as it stands: ``guarded(*inputs, *caches, *mask)`` computes everything, and per site hands on
+and stores the fresh value or hands on the stored one. That is slow and exact, the reference for every variant that
+``specialize`` makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .sites import Site
+
+#: Keys in the metadata of guards and their placeholders: position of the site, position of the buffer.
+SITE = "smoothcache_site"
+CACHE = "smoothcache_cache"
+DECISION = "smoothcache_decision"
+
+
+def guard(value: torch.Tensor, cache: torch.Tensor, compute: bool) -> torch.Tensor:
+    """Store ``value`` in ``cache`` and return it, or return what ``cache`` holds."""
+    if compute:
+        cache.copy_(value)
+        return value
+    return cache
+
+
+def copy_graph(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
+    """A copy of the module with a graph of its own, and where each node went. Parameters and metadata are shared."""
+    graph, mapping = Graph(), {}
+    for node in gm.graph.nodes:
+        mapping[node] = graph.node_copy(node, mapping.__getitem__)
+    graph.set_codegen(gm.graph._codegen)
+    copy = GraphModule(gm, graph)
+    copy.meta.update(gm.meta)
+    return copy, mapping
+
+
+def placeholders(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def cache_value(output: Node) -> torch.Tensor:
+    """A fake tensor of the site output's shape, dtype and device, dense and row-major: what its buffer looks like."""
+    value = output.meta["val"]
+    with value.fake_mode:
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+
+
+def insert_guards(gm: GraphModule, sites: Sequence[Site]) -> GraphModule:
+    """The guarded graph: inputs as before, then one cache per site output, then one decision (bool) per site."""
+    guarded, mapping = copy_graph(gm)
+    graph = guarded.graph
+    first_call = next(node for node in graph.nodes if node.op != "placeholder")
+    caches, decisions = [], []
+    with graph.inserting_before(first_call):
+        for index, site in enumerate(sites):
+            for output in site.outputs:
+                cache = graph.placeholder(f"cache_{len(caches)}")
+                cache.meta.update({"val": cache_value(output), SITE: index, CACHE: len(caches)})
+                caches.append(cache)
+        for index, _ in enumerate(sites):
+            decision = graph.placeholder(f"compute_{index}")
+            decision.meta.update({"val": True, SITE: index, DECISION: True})
+            decisions.append(decision)
+    buffers = iter(caches)
+    for index, site in enumerate(sites):
+        for output in site.outputs:
+            _insert_guard(graph, mapping[output], next(buffers), decisions[index], site)
+    graph.lint()
+    guarded.recompile()
+    return guarded
+
+
+def _insert_guard(graph: Graph, value: Node, cache: Node, decision: Node, site: Site) -> None:
+    with graph.inserting_after(value):
+        node = graph.call_function(guard, (value, cache, decision))
+    value.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+    for key in ("nn_module_stack", "stack_trace", "val", "tensor_meta"):
+        if key in value.meta:
+            node.meta[key] = value.meta[key]
+    node.meta[SITE] = decision.meta[SITE]
+    node.meta["smoothcache_name"] = site.name
+
+
+def guards(graph: Graph) -> list[Node]:
+    """The guards of a guarded graph, in the order of their caches."""
+    found = [node for node in graph.nodes if node.target is guard]
+    return sorted(found, key=lambda node: node.args[1].meta[CACHE])
+
+
+def run_guarded(
+    guarded: GraphModule, inputs: Sequence[object], caches: Sequence[torch.Tensor], mask: Sequence[bool]
+) -> object:
+    """Run the guarded graph eagerly; ``mask[i]`` says whether site i is computed."""
+    return guarded(*inputs, *caches, *mask)

@@ -1,0 +1,53 @@
+"""Names and groups of sites, from the qualified names of the parameters that they use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+
+def common_module(parameter_names: Iterable[str]) -> str:
+    """The deepest module path that holds all the parameters: ``blocks.0.attn`` for its ``qkv`` and ``proj``."""
+    paths = [name.split(".")[:-1] for name in parameter_names]
+    if not paths:
+        return ""
+    shared = []
+    for parts in zip(*paths):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def drop_components(path: str, count: int) -> str:
+    """The path without its last ``count`` components."""
+    return ".".join(path.split(".")[: -count or None])
+
+
+def unique_names(paths: Sequence[str], kinds: Sequence[str], call: int = 0) -> list[str]:
+    """Site names from module paths, in graph order.
+
+    Where sites of different kinds share a path, the kind is appended. Where the same site occurs again, because
+    its weights are used twice, the occurrence is: ``block.attn``, ``block.attn#2``. ``call`` counts earlier calls
+    of the whole graph with the same weights within one call of the model.
+    """
+    kinds_of: dict[str, set[str]] = {}
+    for path, kind in zip(paths, kinds):
+        kinds_of.setdefault(path, set()).add(kind)
+    bases = [
+        path if path and len(kinds_of[path]) == 1 else f"{path}.{kind}".lstrip(".")
+        for path, kind in zip(paths, kinds)
+    ]
+    total, seen = Counter(bases), Counter()
+    names = []
+    for base in bases:
+        seen[base] += 1
+        occurrence = call * total[base] + seen[base]
+        names.append(base if occurrence == 1 else f"{base}#{occurrence}")
+    return names
+
+
+def group_of(name: str) -> str:
+    """The name with indices wildcarded: ``transformer_blocks.3.attn1`` -> ``transformer_blocks.*.attn1``."""
+    path = name.partition("#")[0]
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))

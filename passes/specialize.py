@@ -1,0 +1,97 @@
+"""Resolve a guarded graph's guards for one mask: the variant, in which only what the mask needs is left.
+
+Before::
+
+    attn = addmm(bias, heads, weight)            # and norm, modulation, QKV, rotary embedding before it
+    guard = guard(attn, cache_0, compute_0)
+    gated = mul(gate, guard)
+
+After, where site 0 is computed, and where it is reused::
+
+    attn = addmm(bias, heads, weight)            gated = mul(gate, cache_0)
+    copy_ = copy_(cache_0, attn)
+    gated = mul(gate, attn)
+
+Dead code elimination then takes away exactly what only reused branches needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .facts import through_views
+from .guard import CACHE, SITE, copy_graph, guards, placeholders
+
+
+def specialize(guarded: GraphModule, compute: Collection[int], store: Collection[int] | None = None) -> GraphModule:
+    """The variant for one mask.
+
+    Args:
+        guarded: what ``insert_guards`` returned.
+        compute: positions of the sites that are computed; all others read their caches.
+        store: which of them write their caches; all by default. A site that no step reuses need not.
+
+    The variant's placeholders are the inputs and caches that it uses, in the guarded graph's order; each carries its
+    position there in ``meta["smoothcache_input"]``. Symbolic sizes stay, used or not: other inputs' shapes need them.
+    """
+    variant, _ = copy_graph(guarded)
+    graph = variant.graph
+    for position, node in enumerate(placeholders(graph)):
+        node.meta = {**node.meta, "smoothcache_input": position}
+    for node in guards(graph):
+        value, cache, _ = node.args
+        site = node.meta[SITE]
+        if site not in compute:
+            node.replace_all_uses_with(cache)
+        else:
+            if store is None or site in store:
+                with graph.inserting_before(node):
+                    copy = graph.call_function(torch.ops.aten.copy_.default, (cache, value))
+                copy.meta.update({"val": cache.meta["val"], SITE: site})
+            node.replace_all_uses_with(value)
+        graph.erase_node(node)
+    _keep_caches_inside(graph)
+    remove_dead_code(graph)
+    for node in placeholders(graph):
+        symbolic = isinstance(node.meta.get("val"), torch.SymInt)
+        if not node.users and not symbolic:
+            graph.erase_node(node)
+    graph.lint()
+    variant.recompile()
+    return variant
+
+
+def _keep_caches_inside(graph: Graph) -> None:
+    """Copy what would be returned from a cache: the caller must not hold memory that a later step writes."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    for node in output.all_input_nodes:
+        if CACHE in through_views(node).meta and through_views(node).op == "placeholder":
+            with graph.inserting_before(output):
+                clone = graph.call_function(torch.ops.aten.clone.default, (node,))
+            clone.meta.update({"val": node.meta["val"]})
+            output.replace_input_with(node, clone)
+
+
+def remove_dead_code(graph: Graph) -> None:
+    """Remove what nobody uses; random ops too, which a reused branch must not keep alive."""
+    graph.eliminate_dead_code(is_impure_node=_has_effect)
+
+
+def _has_effect(node: Node) -> bool:
+    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            return False
+    return node.is_impure()
+
+
+def variant_inputs(variant: GraphModule) -> list[int]:
+    """Positions, among the guarded graph's placeholders, of the variant's inputs."""
+    return [node.meta["smoothcache_input"] for node in placeholders(variant.graph)]
+
+
+def cache_positions(variant: GraphModule) -> list[int]:
+    """Which of the variant's own inputs are cache buffers."""
+    return [i for i, node in enumerate(placeholders(variant.graph)) if CACHE in node.meta]

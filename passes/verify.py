@@ -1,0 +1,95 @@
+"""Check what a pass made, before anything compiles or runs it."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .guard import CACHE, DECISION, guard, placeholders
+
+
+class GraphError(RuntimeError):
+    """A pass made a graph that must not run: a defect of this package, never of the user's model."""
+
+
+def check_graph(gm: GraphModule, *, like: GraphModule, stage: str) -> GraphModule:
+    """Return ``gm`` if it is sound and has the outputs of ``like``, else raise ``GraphError``.
+
+    Args:
+        gm: the graph after the pass.
+        like: the captured graph that it was made of.
+        stage: ``"guarded"`` (guards, caches and decisions are allowed) or ``"variant"`` (only caches are, and each
+            use of one is either a write of a computed output or a read, never both).
+    """
+    try:
+        gm.graph.lint()
+    except (RuntimeError, AssertionError) as error:
+        raise GraphError(f"after {stage}: the graph is malformed: {error}") from error
+    _check_placeholders(gm, stage)
+    _check_outputs(gm, like, stage)
+    for node in gm.graph.nodes:
+        if stage == "variant" and (node.target is guard or DECISION in node.meta):
+            raise GraphError(f"after {stage}: the guard {node.name} is not resolved")
+        if node.target is guard:
+            _check_guard(node)
+    if stage == "variant":
+        for node in placeholders(gm.graph):
+            if CACHE in node.meta:
+                _check_cache(node)
+    return gm
+
+
+def _check_placeholders(gm: GraphModule, stage: str) -> None:
+    seen_call = None
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            seen_call = node
+        elif seen_call is not None:
+            raise GraphError(f"after {stage}: the input {node.name} comes after the call {seen_call.name}")
+
+
+def _flat_outputs(gm: GraphModule) -> list[object]:
+    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    return list(output.args[0])
+
+
+def _check_outputs(gm: GraphModule, like: GraphModule, stage: str) -> None:
+    ours, theirs = _flat_outputs(gm), _flat_outputs(like)
+    if len(ours) != len(theirs):
+        raise GraphError(f"after {stage}: {len(ours)} outputs, the captured graph has {len(theirs)}")
+    for index, (our, their) in enumerate(zip(ours, theirs)):
+        if not isinstance(our, Node) or not isinstance(their, Node):
+            if our is not their and our != their:
+                raise GraphError(f"after {stage}: output {index} is {our}, the captured graph's is {their}")
+            continue
+        mine, wanted = _signature(our), _signature(their)
+        if mine != wanted:
+            raise GraphError(f"after {stage}: output {index} is {mine}, the captured graph's is {wanted}")
+
+
+def _signature(node: Node) -> object:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return tuple(str(size) for size in value.shape), value.dtype, value.device
+    return str(value)
+
+
+def _check_guard(node: Node) -> None:
+    value, cache, decision = node.args
+    if CACHE not in cache.meta or DECISION not in decision.meta:
+        raise GraphError(f"the guard {node.name} does not take a cache and a decision: {cache.name}, {decision.name}")
+    if _signature(value) != _signature(cache):
+        raise GraphError(f"the guard {node.name} stores {_signature(value)} in a cache of {_signature(cache)}")
+    others = [user.name for user in value.users if user is not node]
+    if others:
+        raise GraphError(f"the guard {node.name} is passed by: {', '.join(others)} use {value.name} itself")
+
+
+def _check_cache(cache: Node) -> None:
+    writes = [user for user in cache.users if user.target is torch.ops.aten.copy_.default and user.args[0] is cache]
+    reads = [user for user in cache.users if user not in writes]
+    if len(writes) > 1 or (writes and reads):
+        raise GraphError(f"the cache {cache.name} is written by {[n.name for n in writes]} and read by "
+                         f"{[n.name for n in reads]}; one step does one or the other")
+    if writes and writes[0].args[1] is cache:
+        raise GraphError(f"the cache {cache.name} is copied onto itself")

@@ -1,0 +1,147 @@
+"""Every semi-private part of PyTorch that this package uses. Tried on torch 2.11.0 and 2.13.0."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.descriptors import (
+    BufferAOTInput,
+    ParamAOTInput,
+    PlainAOTInput,
+    SubclassGetAttrAOTInput,
+)
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor import config as inductor_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+InnerCompile = Callable[..., Any]
+
+
+def dynamo_compile(forward: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """``torch.compile`` whose recompiles count for this call alone, where the installed torch can do that."""
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    return torch.compile(forward, backend=backend, **options)
+
+
+def named_backend(name: str) -> Callable[..., Any]:
+    """A registered Dynamo backend. Raises ``torch._dynamo.exc.InvalidBackend`` for an unknown name."""
+    return torch._dynamo.lookup_backend(name)
+
+
+def aot_capture(gm: GraphModule, inputs: Sequence[Any], inference: InnerCompile, training: InnerCompile) -> Any:
+    """AOTAutograd without decompositions: ``inference(gm, inputs)`` gets the functional ATen graph."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    return aot_autograd(fw_compiler=training, inference_compiler=inference)(gm, inputs)
+
+
+def inductor_patches(mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> dict[str, Any]:
+    """Inductor's settings for a ``mode`` and ``options`` of ``torch.compile``, validated by it."""
+    return dict(torch._TorchCompileInductorWrapper(mode, options, dynamic).config)
+
+
+def inductor_capture(
+    gm: GraphModule, inputs: Sequence[Any], inner_compile: InnerCompile, patches: dict[str, Any]
+) -> Any:
+    """Inductor's front half: ``inner_compile(gm, inputs, **settings)`` gets the functional ATen graph.
+
+    AOTAutograd's cache on disk stays off: its key does not know ``inner_compile``, so it would hand out what a plain
+    ``torch.compile`` of the same model has left there, with nothing cached. Inductor's own cache keys on each variant.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=patches)
+
+
+def inductor_compile(
+    gm: GraphModule, fake_inputs: Sequence[Any], settings: dict[str, Any], patches: dict[str, Any]
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """Inductor's back half for one graph, outside of any capture: a callable that takes one list.
+
+    The tracing context is a fresh one: Inductor notes the strides of the outputs in it, once per graph.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.utils import BoxedBool
+    from torch._inductor.virtualized import V
+
+    settings = dict(settings)
+    cudagraphs = settings.get("cudagraphs")
+    # Compiling may switch CUDA graphs off for one variant; that is no reason to go without them in the others.
+    settings["cudagraphs"] = None if cudagraphs is None else BoxedBool(bool(cudagraphs))
+    fake_mode = detect_fake_mode(fake_inputs)
+    with (
+        inductor_config.patch(patches),
+        tracing(TracingContext(fake_mode)),
+        V.set_fake_mode(fake_mode),
+        torch.no_grad(),
+    ):
+        return compile_fx_inner(gm, fake_inputs, **settings)
+
+
+def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
+    """Take the active dispatch modes off. AOTAutograd runs a graph's first call under one of its own."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+@contextlib.contextmanager
+def recording_guards(fake_mode: FakeTensorMode | None) -> Iterator[list[Any]]:
+    """Collect what compiling assumes about symbolic sizes, after Dynamo has already written its guards.
+
+    A frozen shape environment would drop these assumptions. Yields a list of sympy conditions, filled at the end.
+    """
+    conditions: list[Any] = []
+    shape_env = None if fake_mode is None else fake_mode.shape_env
+    if shape_env is None:
+        yield conditions
+        return
+    frozen, before = shape_env.frozen, len(shape_env.guards)
+    shape_env.frozen = False
+    try:
+        yield conditions
+    finally:
+        shape_env.frozen = frozen
+        conditions.extend(guard.expr for guard in shape_env.guards[before:])
+
+
+def dynamo_input_index(placeholder: Node) -> int | None:
+    """Which of the captured frame's inputs an ATen graph's placeholder is (a part of), or None."""
+    origin = placeholder.meta.get("desc")
+    while isinstance(origin, SubclassGetAttrAOTInput):
+        origin = origin.base
+    return origin.idx if isinstance(origin, PlainAOTInput) else None
+
+
+def own_parameter_name(placeholder: Node) -> str | None:
+    """The name of a parameter or buffer that the captured module holds itself, or None."""
+    origin = placeholder.meta.get("desc")
+    return origin.target if isinstance(origin, (ParamAOTInput, BufferAOTInput)) else None
+
+
+def symbol_value(size: Any, values: dict[Any, int]) -> int:
+    """An int for a size of a captured graph, given the values of its symbols."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.expr.xreplace(values))
+    return int(size)
+
+
+def bind_symbols(fake: Any, real: Any, values: dict[Any, int]) -> None:
+    """Note the values of the symbols that one input's sizes (or the input itself, a size) consist of."""
+    if isinstance(fake, torch.SymInt):
+        pairs = [(fake, real)]
+    elif isinstance(fake, torch.Tensor):
+        pairs = zip(fake.shape, real.shape)
+    else:
+        return
+    for symbolic, size in pairs:
+        if isinstance(symbolic, torch.SymInt) and symbolic.node.expr.is_Symbol:
+            values[symbolic.node.expr] = int(size)

@@ -1,0 +1,232 @@
+"""The Dynamo backend: AOTAutograd -> passes -> GuardedProgram, one binding per place where the graph runs."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from . import _torch
+from .build import GraphBuilder
+from .clock import Clock
+from .errors import ScheduleError
+from .inner import CompileVariant, InnerCompiler, inner_compiler
+from .passes.facts import WEIGHT
+from .passes.guard import placeholders
+from .passes.names import common_module, drop_components, group_of, unique_names
+from .program import Binding, GuardedProgram, Plan, SiteInfo, make_plan
+from .schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+
+class Frame:
+    """One frame that Dynamo captured: which of its inputs are weights, and what they are called.
+
+    The same frame may run for many modules of one class. Then the inputs at ``weights`` tell where it is.
+    """
+
+    def __init__(self, gm: GraphModule, inputs: Sequence[Any], weight_names: Mapping[int, str]) -> None:
+        names = gm.meta.get("dynamo_flat_name_to_original_fqn", {})
+        self._static_names: dict[int, str] = {}
+        for index, (node, value) in enumerate(zip(placeholders(gm.graph), inputs)):
+            name = weight_names.get(id(value)) or names.get(node.target) or names.get(node.name)
+            if name is not None or isinstance(value, torch.nn.Parameter):
+                self._static_names[index] = name or str(node.target)
+        #: Positions of the frame's inputs that are parameters or buffers.
+        self.weights = tuple(self._static_names)
+
+    def mark(self, captured: GraphModule) -> None:
+        """Write the weights' names into the captured graph's placeholders, where the passes look for them."""
+        for node in placeholders(captured.graph):
+            index = _torch.dynamo_input_index(node)
+            name = self._static_names.get(index) if index is not None else _torch.own_parameter_name(node)
+            if name is not None:
+                node.meta[WEIGHT] = name
+
+    def names(self, inputs: Sequence[Any], weight_names: Mapping[int, str]) -> dict[int, str]:
+        """The weights' names at the place whose weights these inputs are."""
+        return {i: weight_names.get(id(inputs[i]), name) for i, name in self._static_names.items()}
+
+
+class Program:
+    """A frame with its captured graph and its bindings; what Dynamo calls in the frame's place.
+
+    Attributes:
+        builder: the captured graph, its sites and variants' graphs.
+        guarded: dispatches each call to a variant.
+        bindings: all places where the program has run so far.
+    """
+
+    def __init__(self, session: Session, frame: Frame, captured: GraphModule, compile_variant: CompileVariant) -> None:
+        frame.mark(captured)
+        self.session = session
+        self.frame = frame
+        self.builder = GraphBuilder(captured, compile_variant, session.inner.shape_generic)
+        self.guarded = GuardedProgram(self.builder, session.clock)
+        self.bindings: list[Binding] = []
+        self._places: dict[tuple[int, ...], _Place] = {}
+
+    def bind(self, inputs: Sequence[Any]) -> Binding:
+        """The binding for the frame's inputs: the weights say at which module, the count says which call of it."""
+        key = tuple([id(inputs[i]) for i in self.frame.weights])
+        place = self._places.get(key)
+        if place is None:
+            place = self._places[key] = _Place()
+        serial = self.session.clock.serial
+        call = place.calls if place.serial == serial else 0
+        place.serial, place.calls = serial, call + 1
+        if call == len(place.bindings):
+            binding = self._new_binding(inputs, call)
+            place.bindings.append(binding)
+            self.bindings.append(binding)
+        return place.bindings[call]
+
+    def _new_binding(self, inputs: Sequence[Any], call: int) -> Binding:
+        builder = self.builder
+        names = self.frame.names(inputs, self.session.weight_names())
+        paths = []
+        for site in builder.sites:
+            indices = [_torch.dynamo_input_index(weight) for weight in site.weights]
+            parameters = [names[i] if i is not None else weight.meta[WEIGHT]
+                          for i, weight in zip(indices, site.weights)]
+            paths.append(drop_components(common_module(parameters), site.containers))
+        kinds = [site.kind for site in builder.sites]
+        sites = [
+            SiteInfo(name, group_of(name), site.kind, builder.buffers_of(site), site.flops, site.cache_bytes)
+            for name, site in zip(unique_names(paths, kinds, call), builder.sites)
+        ]
+        log.info("bound %d sites: %s", len(sites), ", ".join(site.name for site in sites))
+        return Binding(sites, self.session.plan(sites), builder.buffer_count)
+
+
+class _Place:
+    """The bindings of a program at one set of weights, by the ordinal of the call within a call of the model."""
+
+    def __init__(self) -> None:
+        self.bindings: list[Binding] = []
+        self.serial = -1
+        self.calls = 0
+
+
+class Session:
+    """What all programs of one compiled model share: the schedule, the clock, the names of the weights."""
+
+    def __init__(self, schedule: Schedule, inner: InnerCompiler, clock: Clock, root: torch.nn.Module | None) -> None:
+        self.schedule = schedule
+        self.inner = inner
+        self.clock = clock
+        self.programs: list[Program] = []
+        self._root = root
+
+    def weight_names(self) -> dict[int, str]:
+        """Qualified names of the root module's parameters and buffers, by the tensors' identity."""
+        return module_weight_names(self._root)
+
+    def plan(self, sites: Sequence[SiteInfo]) -> Plan:
+        return make_plan([self.schedule.row_for(site) for site in sites], self.schedule.steps)
+
+    def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The backend as Dynamo calls it: once per captured frame."""
+        program, run = compile_frame(self, gm, inputs)
+        self.programs.append(program)
+        return run
+
+
+def module_weight_names(root: torch.nn.Module | None) -> dict[int, str]:
+    if root is None:
+        return {}
+    named = [*root.named_buffers(remove_duplicate=False), *root.named_parameters(remove_duplicate=False)]
+    # Of several names of one shared tensor the first in the module's order counts.
+    return {id(tensor): name for name, tensor in reversed(named)}
+
+
+def compile_frame(session: Session, gm: GraphModule, inputs: Sequence[Any]) -> tuple[Program, Callable[..., Any]]:
+    """Capture a frame's ATen graph and return its program, with the function that Dynamo is to call."""
+    frame = Frame(gm, inputs, session.weight_names())
+    made: list[Program] = []
+
+    def transform(captured: GraphModule, compile_variant: CompileVariant) -> GuardedProgram:
+        made.append(Program(session, frame, captured, compile_variant))
+        return made[0].guarded
+
+    compiled = session.inner.capture(gm, inputs, transform)
+    (program,) = made
+
+    def run(*arguments: Any) -> Any:
+        program.guarded.binding = program.bind(arguments)
+        return compiled(*arguments)
+
+    return program, run
+
+
+# For ``torch.compile(model, backend="smoothcache")`` there is no call of ours around the model's: a program ticks the
+# clock itself, and recompiles of one model find its clock by the parameter that the graph uses first.
+_clocks: weakref.WeakKeyDictionary[torch.nn.Parameter, Clock] = weakref.WeakKeyDictionary()
+
+
+def smoothcache_backend(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend that is registered with Dynamo as ``smoothcache``, for a model that is captured as one graph.
+
+    ``torch.compile(model, backend="smoothcache", options={"schedule": schedule})``. Each call of the model is one
+    step, or one of ``options["calls_per_step"]`` calls of a step. ``options["backend"]`` names the inner compiler
+    (``inductor``); all other options are the inner compiler's. Where the model breaks into several graphs, or runs
+    must start anew half-way, use ``smoothcache_fx.compile``.
+
+    Raises:
+        ScheduleError: no schedule was given, or it selects sites that the model does not have.
+    """
+    settings = dict(options or {})
+    schedule = settings.pop("schedule", None)
+    if not isinstance(schedule, Schedule):
+        raise ScheduleError(
+            f'the backend "smoothcache" needs options={{"schedule": Schedule(...)}}; got {schedule!r} as schedule'
+        )
+    name, calls = settings.pop("backend", "inductor"), settings.pop("calls_per_step", 1)
+    inner = inner_compiler(name, mode, settings or None, None)
+    weight = next((value for value in inputs if isinstance(value, torch.nn.Parameter)), None)
+    clock = Clock(schedule.steps, calls)
+    if weight is not None:
+        clock = _clocks.setdefault(weight, clock)
+        if (clock.steps, clock.calls_per_step) != (schedule.steps, calls):
+            clock = _clocks[weight] = Clock(schedule.steps, calls)
+    session = Session(schedule, inner, clock, None)
+    program, run = compile_frame(session, gm, inputs)
+    check_selectors(schedule, [site for site in program.builder.sites])
+
+    @functools.wraps(run)
+    def tick_and_run(*arguments: Any) -> Any:
+        clock.tick()
+        try:
+            return run(*arguments)
+        except BaseException:
+            clock.abandon()
+            raise
+
+    return tick_and_run
+
+
+def check_selectors(schedule: Schedule, sites: Sequence[Any]) -> None:
+    """Raise ``ScheduleError`` if a selector of the schedule fits no site; kinds that the model lacks are allowed."""
+    unused = schedule.unused_selectors(sites)
+    kinds = {"attn", "cross_attn", "ffn", "attn_ffn"}
+    wrong = [selector for selector in unused if selector not in kinds]
+    if not wrong and (not unused or len(unused) < len(schedule.compute)):
+        return
+    groups: dict[str, str] = {site.group: site.kind for site in sites}
+    listed = "\n".join(f"  {group} ({kind})" for group, kind in groups.items()) or "  (none)"
+    raise ScheduleError(
+        f"the schedule selects {', '.join(repr(s) for s in wrong or unused)}, but the model has no such site. "
+        f"Its groups are:\n{listed}\nSelect by one of these, by the name of a site, or by kind."
+    )

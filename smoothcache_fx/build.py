@@ -1,0 +1,122 @@
+"""The graph side of a program: makes, checks and compiles the variants of one captured graph."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from . import _torch
+from .inner import CompileVariant
+from .passes import Site, analyze, check_graph, count_flops, insert_guards, specialize
+from .passes.guard import CACHE, placeholders
+from .passes.specialize import variant_inputs
+from .program import Mask, Variant
+
+log = logging.getLogger(__name__)
+
+
+class GraphBuilder:
+    """A captured graph, its sites, its guarded form and the variants made so far.
+
+    Attributes:
+        captured: the ATen graph as AOTAutograd gave it.
+        sites, rejections: what ``passes.analyze`` says of it.
+        guarded: the guarded graph.
+        graphs: the variants' graphs by mask, before the inner compiler had them.
+    """
+
+    def __init__(self, captured: GraphModule, compile_variant: CompileVariant, shape_generic: bool) -> None:
+        start = time.perf_counter()
+        self.captured = captured
+        self.sites, self.rejections = analyze(captured.graph)
+        self.guarded = check_graph(insert_guards(captured, self.sites), like=captured, stage="guarded")
+        self.graphs: dict[Mask, GraphModule] = {}
+        self.flops = count_flops(captured.graph)
+        self._compile_variant = compile_variant
+        inputs = placeholders(captured.graph)
+        self._input_values = [node.meta.get("val") for node in inputs]
+        self._caches = [node for node in placeholders(self.guarded.graph) if CACHE in node.meta]
+        #: Positions of the inputs that are symbolic sizes.
+        self.shape_inputs = [i for i, value in enumerate(self._input_values) if isinstance(value, torch.SymInt)]
+        self.shape_generic = shape_generic or not self.shape_inputs
+        self._fake_mode = next(
+            (value.fake_mode for value in self._input_values if hasattr(value, "fake_mode")), None
+        )
+        self._conditions: list[Any] = []
+        log.info("%d nodes, %d sites, %d adds not taken, %.0f ms", len(captured.graph.nodes), len(self.sites),
+                 len(self.rejections), 1e3 * (time.perf_counter() - start))
+
+    def buffers_of(self, site: Site) -> tuple[int, ...]:
+        """Positions of a site's cache buffers."""
+        index = self.sites.index(site)
+        return tuple(node.meta[CACHE] for node in self._caches if node.meta["smoothcache_site"] == index)
+
+    @property
+    def buffer_count(self) -> int:
+        return len(self._caches)
+
+    def allocate(self, buffer: int, inputs: Sequence[Any]) -> torch.Tensor:
+        """A cache buffer for inputs of these sizes; an ordinary tensor even where inference mode is on."""
+        value = self._caches[buffer].meta["val"]
+        symbols = self._symbols(inputs)
+        shape = [_torch.symbol_value(size, symbols) for size in value.shape]
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+    def build(self, mask: Mask, inputs: Sequence[Any]) -> Variant:
+        """Specialise the guarded graph to the mask and compile it."""
+        graph = self._graph(mask)
+        kept = variant_inputs(graph)
+        count = len(self._input_values)
+        arguments = tuple(i for i in kept if i < count)
+        buffers = tuple(i - count for i in kept if i >= count)
+        examples = [inputs[i] for i in arguments] + [self.allocate(i, inputs) for i in buffers]
+        start = time.perf_counter()
+        with _torch.recording_guards(self._fake_mode if self.shape_inputs else None) as conditions:
+            run = self._compile_variant(graph, examples, [i if i < count else -1 for i in kept])
+        self._conditions.extend(conditions)
+        log.info("compiled variant %s in %.1f s", mask, time.perf_counter() - start)
+        return Variant(run, arguments, buffers, count_flops(graph.graph))
+
+    def build_uncompiled(self, mask: Mask) -> Variant:
+        """The variant run node by node: for sizes that the compiled one does not hold for."""
+        graph = self._graph(mask)
+        kept, count = variant_inputs(graph), len(self._input_values)
+
+        def run(arguments: list[Any]) -> Sequence[Any]:
+            values = tuple(arguments)
+            arguments.clear()
+            return graph(*values)
+
+        return Variant(run, tuple(i for i in kept if i < count), tuple(i - count for i in kept if i >= count),
+                       count_flops(graph.graph))
+
+    def holds_for(self, inputs: Sequence[Any]) -> bool:
+        """Whether what the compiler has assumed of symbolic sizes is true of these inputs."""
+        if not self._conditions:
+            return True
+        symbols = self._symbols(inputs)
+        return all(bool(condition.xreplace(symbols)) for condition in self._conditions)
+
+    def _graph(self, mask: Mask) -> GraphModule:
+        if mask not in self.graphs:
+            sites = range(len(self.sites))
+            graph = specialize(
+                self.guarded,
+                compute={i for i in sites if mask.compute >> i & 1},
+                store={i for i in sites if mask.store >> i & 1},
+            )
+            self.graphs[mask] = check_graph(graph, like=self.captured, stage="variant")
+        return self.graphs[mask]
+
+    def _symbols(self, inputs: Sequence[Any]) -> dict[Any, int]:
+        values: dict[Any, int] = {}
+        if self.shape_inputs:
+            for fake, real in zip(self._input_values, inputs):
+                _torch.bind_symbols(fake, real, values)
+        return values

@@ -1,0 +1,104 @@
+"""Inner compilers: what captures a frame's ATen graph, and what compiles each variant of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.fx import GraphModule
+
+from . import _torch
+from .errors import CompiledError
+
+#: Gets the ATen graph and a function that compiles a variant of it; returns a callable that takes one list.
+Transform = Callable[[GraphModule, "CompileVariant"], Callable[[list[Any]], Sequence[Any]]]
+Boxed = Callable[[list[Any]], Sequence[Any]]
+
+
+class CompileVariant(Protocol):
+    """Compiles one graph. ``inputs`` are real; ``static`` says which of them keep their addresses."""
+
+    def __call__(self, gm: GraphModule, inputs: Sequence[Any], origin: Sequence[int]) -> Boxed: ...
+
+
+class InnerCompiler(Protocol):
+    #: Whether what it compiles for symbolic sizes serves all sizes (else each variant is compiled per shape).
+    shape_generic: bool
+
+    def capture(self, gm: GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]: ...
+
+
+def refuse_training(gm: GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+    raise CompiledError(
+        "a graph with gradients was captured, but caching is for inference: call the model under torch.no_grad() "
+        "or torch.inference_mode()"
+    )
+
+
+class NamedCompiler:
+    """Any registered Dynamo backend but Inductor: AOTAutograd captures, the backend compiles each variant."""
+
+    def __init__(self, name: str, mode: str | None, options: dict[str, Any] | None) -> None:
+        self.backend = _torch.named_backend(name)
+        self.kwargs = {key: value for key, value in (("mode", mode), ("options", options)) if value is not None}
+        self.shape_generic = name == "eager"
+
+    def capture(self, gm: GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]:
+        def inference(captured: GraphModule, _: Sequence[Any]) -> Boxed:
+            return transform(captured, self._compile)
+
+        return _torch.aot_capture(gm, inputs, inference, refuse_training)
+
+    def _compile(self, gm: GraphModule, inputs: Sequence[Any], origin: Sequence[int]) -> Boxed:
+        with torch.no_grad(), _torch.without_dispatch_modes():
+            compiled = self.backend(gm, list(inputs), **self.kwargs)
+
+        def call(arguments: list[Any]) -> Sequence[Any]:
+            values = tuple(arguments)
+            arguments.clear()
+            return compiled(*values)
+
+        return call
+
+
+class InductorCompiler:
+    """Inductor: its front half captures, its back half compiles each variant with the caches as static inputs."""
+
+    shape_generic = True
+
+    def __init__(self, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> None:
+        self.patches = _torch.inductor_patches(mode, options, dynamic)
+
+    def capture(self, gm: GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]:
+        def inner_compile(captured: GraphModule, _: Sequence[Any], **settings: Any) -> Boxed:
+            if not settings.get("is_inference"):
+                refuse_training(captured, _)
+            return transform(captured, functools.partial(self._compile, settings))
+
+        return _torch.inductor_capture(gm, inputs, inner_compile, self.patches)
+
+    def _compile(
+        self, settings: dict[str, Any], gm: GraphModule, inputs: Sequence[Any], origin: Sequence[int]
+    ) -> Boxed:
+        fakes = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
+        # The captured graph's static inputs are its parameters; the variant's are these and every cache buffer.
+        static = set(settings.get("static_input_idxs") or ())
+        positions = [i for i, source in enumerate(origin) if source in static or source < 0]
+        return _torch.inductor_compile(gm, fakes, {**settings, "static_input_idxs": positions}, self.patches)
+
+
+def inner_compiler(
+    backend: str, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None
+) -> InnerCompiler:
+    """The inner compiler for a backend's name, with ``torch.compile``'s own meaning of mode and options."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend is the name of an inner compiler, such as 'inductor' or 'eager'; got {backend!r}")
+    if mode is not None and options is not None:
+        raise ValueError("give either mode or options, not both: a mode is a set of options")
+    if backend == "inductor":
+        return InductorCompiler(mode, options, dynamic)
+    if backend == "smoothcache":
+        raise ValueError("the inner compiler cannot be 'smoothcache' itself; use 'inductor', 'aot_eager' or 'eager'")
+    return NamedCompiler(backend, mode, options)

@@ -1,0 +1,227 @@
+"""Programs, bindings and the choice of a variant at each call. Nothing here knows of FX."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from .clock import Clock
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """What a binding must know of a site of its program; the name is the one at this binding's place."""
+
+    name: str
+    group: str
+    kind: str
+    buffers: tuple[int, ...]
+    flops: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One step's decision for a program's sites, as bit sets: which to compute, which of these to store."""
+
+    compute: int
+    store: int
+
+
+@dataclass
+class Variant:
+    """One compiled variant: which inputs and buffers it takes, and what it costs."""
+
+    run: Callable[[list[Any]], Sequence[Any]]
+    inputs: tuple[int, ...]
+    buffers: tuple[int, ...]
+    flops: int
+    seconds: float = 0.0
+
+
+class VariantBuilder(Protocol):
+    """What a program asks of the graph side."""
+
+    #: Whether a compiled variant serves all sizes of a graph with symbolic sizes.
+    shape_generic: bool
+    #: Positions of the inputs that are symbolic sizes.
+    shape_inputs: Sequence[int]
+
+    def build(self, mask: Mask, inputs: Sequence[Any]) -> Variant: ...
+
+    def build_uncompiled(self, mask: Mask) -> Variant: ...
+
+    def holds_for(self, inputs: Sequence[Any]) -> bool: ...
+
+    def allocate(self, buffer: int, inputs: Sequence[Any]) -> torch.Tensor: ...
+
+
+@dataclass
+class Stream:
+    """The cache of one stream of a binding: a buffer per site output, and what each holds."""
+
+    signature: tuple[Any, ...]
+    buffers: list[torch.Tensor | None]
+    stored_at: list[int]
+    trajectory: int = -1
+    last_step: int = -1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule laid out for one binding's sites: what to do at each step, as bit sets over the sites."""
+
+    compute: tuple[int, ...]
+    last_compute: tuple[tuple[int, ...], ...]
+    store: int
+    every: int
+
+
+def make_plan(rows: Sequence[Sequence[bool]], steps: int) -> Plan:
+    """Lay out one row per site. Sites that are never reused are computed and never stored."""
+    compute, last_compute = [], []
+    latest = [0] * len(rows)
+    for step in range(steps):
+        bits = 0
+        for index, row in enumerate(rows):
+            if row[step]:
+                bits |= 1 << index
+                latest[index] = step
+        compute.append(bits)
+        last_compute.append(tuple(latest))
+    store = sum(1 << index for index, row in enumerate(rows) if not all(row))
+    return Plan(tuple(compute), tuple(last_compute), store, (1 << len(rows)) - 1)
+
+
+class Binding:
+    """A program at one place in the model: its names, its plan, its caches."""
+
+    def __init__(self, sites: Sequence[SiteInfo], plan: Plan, buffer_count: int) -> None:
+        self.sites = tuple(sites)
+        self.plan = plan
+        self.buffer_count = buffer_count
+        self.streams: dict[Hashable, Stream] = {}
+        self.calls: Counter[tuple[Mask, int]] = Counter()
+        self.forced: Counter[str] = Counter()
+
+    def stream(self, key: Hashable, signature: tuple[Any, ...]) -> Stream:
+        """The stream's cache; a new and empty one where the shapes of the inputs have changed."""
+        stream = self.streams.get(key)
+        if stream is None or stream.signature != signature:
+            if stream is not None and stream.last_step >= 0:
+                log.info("the shapes of the inputs changed from %s to %s: new caches", stream.signature, signature)
+            stream = Stream(signature, [None] * self.buffer_count, [-1] * len(self.sites))
+            self.streams[key] = stream
+        return stream
+
+    def decide(self, stream: Stream, trajectory: int, step: int) -> Mask:
+        """The plan's mask for the step, with every site computed whose cache does not hold what the plan reads."""
+        planned = self.plan.compute[step]
+        if stream.trajectory != trajectory:
+            stream.trajectory, stream.last_step = trajectory, -1
+            stream.stored_at = [-1] * len(self.sites)
+        if stream.last_step == step - 1 and step > 0:
+            return Mask(planned, planned & self.plan.store)
+        missing = self._missing(stream, step)
+        if missing:
+            reason = "no value in this trajectory yet" if stream.last_step < 0 else "an earlier step was missed"
+            self.forced[f"{reason}, at step {step}"] += missing.bit_count()
+            log.info("step %d: %d sites are computed beyond the plan: %s", step, missing.bit_count(), reason)
+        compute = planned | missing
+        return Mask(compute, compute & self.plan.store)
+
+    def _missing(self, stream: Stream, step: int) -> int:
+        reused = self.plan.every & ~self.plan.compute[step]
+        needed = self.plan.last_compute[step]
+        return sum(
+            1 << index
+            for index in range(len(self.sites))
+            if reused >> index & 1 and stream.stored_at[index] < needed[index]
+        )
+
+    def commit(self, stream: Stream, mask: Mask, step: int) -> None:
+        """Note what the call has stored. Only after it has succeeded: a failed one leaves the cache unknown."""
+        for index in range(len(self.sites)):
+            if mask.store >> index & 1:
+                stream.stored_at[index] = step
+        stream.last_step = step
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all streams' buffers that exist."""
+        return sum(
+            buffer.numel() * buffer.element_size()
+            for stream in self.streams.values()
+            for buffer in stream.buffers
+            if buffer is not None
+        )
+
+
+class GuardedProgram:
+    """A captured graph with its variants. Called as AOTAutograd calls a compiled graph: with a list it may clear.
+
+    ``binding`` is set by the caller before each call.
+    """
+
+    _boxed_call = True  # tells AOTAutograd that the inputs come as one list
+
+    def __init__(self, builder: VariantBuilder, clock: Clock) -> None:
+        self.builder = builder
+        self.clock = clock
+        self.variants: dict[Hashable, Variant] = {}
+        self.binding: Binding | None = None
+        self._holds: dict[tuple[Any, ...], bool] = {}
+
+    def __call__(self, inputs: list[Any]) -> Sequence[Any]:
+        binding, clock = self.binding, self.clock
+        signature = tuple([inputs[i] for i in self.builder.shape_inputs])
+        stream = binding.stream(clock.stream, signature)
+        mask = binding.decide(stream, clock.trajectory, clock.step)
+        variant = self._variant(mask, signature, inputs)
+        for buffer in variant.buffers:
+            if stream.buffers[buffer] is None:
+                stream.buffers[buffer] = self.builder.allocate(buffer, inputs)
+        arguments = [inputs[i] for i in variant.inputs]
+        arguments += [stream.buffers[i] for i in variant.buffers]
+        inputs.clear()
+        try:
+            outputs = variant.run(arguments)
+        except BaseException:
+            stream.trajectory = -1  # some buffers may be half written
+            raise
+        binding.commit(stream, mask, clock.step)
+        binding.calls[mask, variant.flops] += 1
+        return outputs
+
+    def _variant(self, mask: Mask, signature: tuple[Any, ...], inputs: Sequence[Any]) -> Variant:
+        if not signature:
+            key: Hashable = mask
+        elif not self.builder.shape_generic:
+            key = mask, signature
+        else:
+            if signature not in self._holds:
+                self._holds[signature] = self.builder.holds_for(inputs)
+            key = mask if self._holds[signature] else (mask, None)
+        variant = self.variants.get(key)
+        if variant is None:
+            variant = self.variants[key] = self._build(key, mask, inputs)
+        return variant
+
+    def _build(self, key: Hashable, mask: Mask, inputs: Sequence[Any]) -> Variant:
+        if key == (mask, None):
+            log.warning("a variant does not hold for inputs of these sizes: it runs uncompiled, and slower")
+            self.binding.forced["sizes outside of what a variant was compiled for: run uncompiled"] += 1
+            return self.builder.build_uncompiled(mask)
+        start = time.perf_counter()
+        variant = self.builder.build(mask, inputs)
+        variant.seconds = time.perf_counter() - start
+        self._holds.clear()  # compiling may have assumed more of the sizes
+        return variant
