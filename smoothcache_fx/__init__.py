@@ -1,5 +1,6 @@
 """SmoothCache for any Diffusion Transformer, as a compiler pass. ``import smoothcache_fx as smoothcache``."""
 
+from .calibration import Calibration
 from .compiler import compile, disabled, remove, reset
 from .errors import (
     CalibrationError,
@@ -9,18 +10,28 @@ from .errors import (
     SmoothCacheError,
     StepError,
 )
+from .explain import Explanation, dump, explain
+from .recording import calibrate
+from .report import Report, report
 from .schedule import Schedule
 
 __all__ = [
+    "Calibration",
     "CalibrationError",
     "CompiledError",
+    "Explanation",
     "NoSitesError",
+    "Report",
     "Schedule",
     "ScheduleError",
     "SmoothCacheError",
     "StepError",
+    "calibrate",
     "compile",
     "disabled",
+    "dump",
+    "explain",
     "remove",
+    "report",
     "reset",
 ]

@@ -19,7 +19,7 @@ from .inner import CompileVariant, InnerCompiler, inner_compiler
 from .passes.facts import WEIGHT
 from .passes.guard import placeholders
 from .passes.names import common_module, drop_components, group_of, unique_names
-from .program import Binding, GuardedProgram, Plan, SiteInfo, make_plan
+from .program import Binding, Dispatcher, GuardedProgram, Plan, SiteInfo, make_plan
 from .schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Program:
 
     Attributes:
         builder: the captured graph, its sites and variants' graphs.
-        guarded: dispatches each call to a variant.
+        dispatcher: runs each call, by the binding that is set on it.
         bindings: all places where the program has run so far.
     """
 
@@ -68,7 +68,7 @@ class Program:
         self.session = session
         self.frame = frame
         self.builder = GraphBuilder(captured, compile_variant, session.inner.shape_generic)
-        self.guarded = GuardedProgram(self.builder, session.clock)
+        self.dispatcher = session.dispatcher(self.builder)
         self.bindings: list[Binding] = []
         self._places: dict[tuple[int, ...], _Place] = {}
 
@@ -86,6 +86,11 @@ class Program:
             place.bindings.append(binding)
             self.bindings.append(binding)
         return place.bindings[call]
+
+    def close(self) -> None:
+        self.bindings.clear()
+        self._places.clear()
+        self.dispatcher = self.session.dispatcher(self.builder)
 
     def _new_binding(self, inputs: Sequence[Any], call: int) -> Binding:
         builder = self.builder
@@ -129,13 +134,28 @@ class Session:
         return module_weight_names(self._root)
 
     def plan(self, sites: Sequence[SiteInfo]) -> Plan:
-        return make_plan([self.schedule.row_for(site) for site in sites], self.schedule.steps)
+        return plan_sites(self.schedule, sites)
+
+    def close(self) -> None:
+        """Free caches and variants: Dynamo holds on to the session for as long as to what it compiled."""
+        for program in self.programs:
+            program.close()
+        self.programs.clear()
+
+    def dispatcher(self, builder: GraphBuilder) -> Dispatcher:
+        """What runs the calls of a program; calibration puts an observer here."""
+        return GuardedProgram(builder, self.clock)
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The backend as Dynamo calls it: once per captured frame."""
         program, run = compile_frame(self, gm, inputs)
         self.programs.append(program)
         return run
+
+
+def plan_sites(schedule: Schedule, sites: Sequence[SiteInfo]) -> Plan:
+    """The schedule laid out for these sites."""
+    return make_plan([schedule.row_for(site) for site in sites], schedule.steps)
 
 
 def module_weight_names(root: torch.nn.Module | None) -> dict[int, str]:
@@ -151,15 +171,15 @@ def compile_frame(session: Session, gm: GraphModule, inputs: Sequence[Any]) -> t
     frame = Frame(gm, inputs, session.weight_names())
     made: list[Program] = []
 
-    def transform(captured: GraphModule, compile_variant: CompileVariant) -> GuardedProgram:
+    def transform(captured: GraphModule, compile_variant: CompileVariant) -> Dispatcher:
         made.append(Program(session, frame, captured, compile_variant))
-        return made[0].guarded
+        return made[0].dispatcher
 
     compiled = session.inner.capture(gm, inputs, transform)
     (program,) = made
 
     def run(*arguments: Any) -> Any:
-        program.guarded.binding = program.bind(arguments)
+        program.dispatcher.binding = program.bind(arguments)
         return compiled(*arguments)
 
     return program, run

@@ -103,6 +103,10 @@ class GraphBuilder:
         symbols = self._symbols(inputs)
         return all(bool(condition.xreplace(symbols)) for condition in self._conditions)
 
+    def variant_flops(self, mask: Mask) -> int:
+        """FLOPs of the variant for a mask, compiled or not."""
+        return count_flops(self._graph(mask).graph)
+
     def _graph(self, mask: Mask) -> GraphModule:
         if mask not in self.graphs:
             sites = range(len(self.sites))

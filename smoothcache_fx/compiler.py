@@ -200,6 +200,7 @@ def remove(model: Model) -> Model:
         del model.__dict__["forward"]
     else:
         model.forward = forward.replaced
+    forward.session.close()
     return model
 
 

@@ -165,11 +165,17 @@ class Binding:
         )
 
 
-class GuardedProgram:
-    """A captured graph with its variants. Called as AOTAutograd calls a compiled graph: with a list it may clear.
+class Dispatcher(Protocol):
+    """Runs a captured graph. ``binding`` is set before each call; inputs come as one list, which may be cleared."""
 
-    ``binding`` is set by the caller before each call.
-    """
+    _boxed_call: bool
+    binding: Binding | None
+
+    def __call__(self, inputs: list[Any]) -> Sequence[Any]: ...
+
+
+class GuardedProgram:
+    """The dispatcher of a captured graph with guards: decides, and runs the variant for the decision."""
 
     _boxed_call = True  # tells AOTAutograd that the inputs come as one list
 

@@ -1,0 +1,230 @@
+"""``explain`` and ``dump``: look at what would be cached, and at the graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from . import _torch
+from .backend import Program, Session, plan_sites
+from .clock import Clock
+from .compiler import CompiledForward, check_inference, compiled_forward, no_sites_error
+from .errors import CompiledError
+from .inner import inner_compiler
+from .passes.facts import tensor_value
+from .passes.flops import concrete
+from .program import Mask, SiteInfo
+from .schedule import Schedule
+from .tables import format_bytes, format_flops, format_table
+
+
+@dataclass(frozen=True)
+class SiteExplanation:
+    """One site: where it is, what it would cache and what that saves, in one call of the model.
+
+    Attributes:
+        name, group, kind: as in schedules.
+        shapes: of the cached values, one per branch.
+        gates: per branch, the shapes of the factors applied between cache and residual add.
+        flops: work that is saved when the site is reused.
+        cache_bytes: memory for one stream.
+    """
+
+    name: str
+    group: str
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    gates: tuple[tuple[tuple[int, ...], ...], ...]
+    flops: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class AddExplanation:
+    """An add of two tensors that is no site's: its name in the graph, the reason, the module and the source line."""
+
+    node: str
+    reason: str
+    module: str
+    source: str | None
+
+
+@dataclass
+class Explanation:
+    """What ``explain`` found; ``print`` it.
+
+    Attributes:
+        model: name of the model's class.
+        sites, adds: what can be cached, and adds that were looked at and not taken.
+        graphs: graphs that the model was captured as.
+        flops: of one uncached call.
+        variants, mac_ratio: for the schedule, if one was given: graphs to compile, and FLOPs of the uncached
+            trajectory over those of the scheduled one.
+    """
+
+    model: str
+    sites: list[SiteExplanation]
+    adds: list[AddExplanation]
+    graphs: int
+    flops: int
+    variants: int | None = None
+    mac_ratio: float | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory for one stream if all sites are cached."""
+        return sum(site.cache_bytes for site in self.sites)
+
+    def groups(self) -> dict[str, list[SiteExplanation]]:
+        """The sites by group, in the model's order."""
+        groups: dict[str, list[SiteExplanation]] = {}
+        for site in self.sites:
+            groups.setdefault(site.group, []).append(site)
+        return groups
+
+    def __str__(self) -> str:
+        rows = [("group", "kind", "sites", "shape", "gate", "FLOPs", "share", "cache")]
+        for group, sites in self.groups().items():
+            flops = sum(site.flops for site in sites)
+            rows.append((
+                group,
+                sites[0].kind,
+                str(len(sites)),
+                " + ".join(str(list(shape)) for shape in sites[0].shapes),
+                " + ".join(" * ".join(str(list(shape)) for shape in gate) or "none" for gate in sites[0].gates),
+                format_flops(flops),
+                f"{flops / max(1, self.flops):.1%}",
+                format_bytes(sum(site.cache_bytes for site in sites)),
+            ))
+        inside = sum(site.flops for site in self.sites)
+        lines = [
+            f"{self.model}: {len(self.sites)} sites in {self.graphs} graph{'s' if self.graphs != 1 else ''}",
+            format_table(rows),
+            f"{format_flops(self.flops)} a call, {inside / max(1, self.flops):.1%} of it in sites; "
+            f"{format_bytes(self.cache_bytes)} of cache a stream",
+        ]
+        if self.mac_ratio is not None:
+            lines.append(f"with this schedule: {self.variants} variants, MAC ratio {self.mac_ratio:.2f}")
+        lines.extend(self._rejected())
+        return "\n".join(lines)
+
+    def _rejected(self) -> Iterator[str]:
+        by_reason: dict[str, list[AddExplanation]] = {}
+        for add in self.adds:
+            by_reason.setdefault(add.reason, []).append(add)
+        if by_reason:
+            yield "adds not taken:"
+        for reason, adds in by_reason.items():
+            example = f", such as {adds[0].source}" if adds[0].source else ""
+            yield f"  {len(adds)}: {reason}{example}"
+
+
+def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None, **kwargs: Any) -> Explanation:
+    """What could be cached in the model, for these inputs. Runs the model once, uncompiled.
+
+    Args:
+        model: the transformer, compiled or not, in eval mode.
+        args, kwargs: inputs of one call.
+        schedule: also say how many variants it takes and what it saves.
+
+    Raises:
+        NoSitesError: the model has no residual branch; says what was looked at.
+        CompiledError: the model is in training mode, or an input requires gradients.
+        ScheduleError: two selectors of the schedule contradict each other.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    forward = model.__dict__.get("forward")
+    original = forward.original if isinstance(forward, CompiledForward) else model.forward
+    check_inference(model, args, kwargs)
+    session = Session(Schedule(steps=1), inner_compiler("eager", None, None, None), Clock(1), model)
+    session.clock.tick()
+    with torch.no_grad():
+        _torch.dynamo_compile(original, session)(*args, **kwargs)
+    sites = [_explain_site(program, index, info)
+             for program in session.programs
+             for binding in program.bindings
+             for index, info in enumerate(binding.sites)]
+    if not sites:
+        raise no_sites_error(model, session.programs)
+    result = Explanation(
+        model=type(model).__name__,
+        sites=sites,
+        adds=[AddExplanation(add.node.name, add.reason, add.module, add.source)
+              for program in session.programs for add in program.builder.rejections],
+        graphs=len(session.programs),
+        flops=sum(program.builder.flops * len(program.bindings) for program in session.programs),
+    )
+    if schedule is not None:
+        result.variants, result.mac_ratio = _predict(session.programs, schedule)
+    session.close()
+    return result
+
+
+def _explain_site(program: Program, index: int, info: SiteInfo) -> SiteExplanation:
+    site = program.builder.sites[index]
+    shapes = tuple(tuple(concrete(size) for size in tensor_value(output).shape) for output in site.outputs)
+    return SiteExplanation(info.name, info.group, info.kind, shapes, site.gates, site.flops, site.cache_bytes)
+
+
+def _predict(programs: list[Program], schedule: Schedule) -> tuple[int, float]:
+    """Variants that a schedule needs, and its MAC ratio, counted on their graphs."""
+    masks: set[tuple[int, Mask]] = set()
+    planned = uncached = 0
+    for position, program in enumerate(programs):
+        for binding in program.bindings:
+            plan = plan_sites(schedule, binding.sites)
+            for step in range(schedule.steps):
+                mask = Mask(plan.compute[step], plan.compute[step] & plan.store)
+                masks.add((position, mask))
+                planned += program.builder.variant_flops(mask)
+                uncached += program.builder.flops
+    return len(masks), uncached / planned if planned else 1.0
+
+
+def dump(model: torch.nn.Module, directory: str | PathLike[str]) -> list[Path]:
+    """Write the graphs of a compiled model as Python: captured, guarded, and each variant made so far.
+
+    Returns:
+        The files written: ``graph_0/captured.py``, ``graph_0/guarded.py``, ``graph_0/variant_0.py``, ...
+
+    Raises:
+        CompiledError: the model is not compiled, or has not run since.
+    """
+    programs = compiled_forward(model).session.programs
+    if not programs:
+        raise CompiledError("nothing is captured yet: call the compiled model once, then dump its graphs")
+    written = []
+    for position, program in enumerate(programs):
+        folder = Path(directory) / f"graph_{position}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, heading, graph in _stages(program):
+            path = folder / f"{name}.py"
+            path.write_text(_as_python(heading, graph), encoding="utf-8")
+            written.append(path)
+    return written
+
+
+def _stages(program: Program) -> Iterator[tuple[str, str, GraphModule]]:
+    builder = program.builder
+    names = [site.name for site in program.bindings[0].sites] if program.bindings else []
+    listed = ", ".join(names)
+    yield "captured", "The graph as AOTAutograd captured it.", builder.captured
+    yield "guarded", f"The graph with a guard behind each site's output. Sites in order: {listed}.", builder.guarded
+    for index, (mask, graph) in enumerate(builder.graphs.items()):
+        computed = [name for i, name in enumerate(names) if mask.compute >> i & 1]
+        reused = [name for i, name in enumerate(names) if not mask.compute >> i & 1]
+        heading = f"Computed: {', '.join(computed) or 'none'}.\nReused: {', '.join(reused) or 'none'}."
+        yield f"variant_{index}", heading, graph
+
+
+def _as_python(heading: str, graph: GraphModule) -> str:
+    comment = "\n".join(f"# {line}" for line in heading.splitlines())
+    code = graph.print_readable(print_output=False, include_device=True)
+    return f"{comment}\nimport torch\nfrom smoothcache_fx.passes import guard\n\n{code}\n"
