@@ -1,5 +1,6 @@
 """SmoothCache for any Diffusion Transformer, as a compiler pass. ``import smoothcache_fx as smoothcache``."""
 
+from ._version import __version__
 from .calibration import Calibration
 from .compiler import compile, disabled, remove, reset
 from .errors import (
@@ -26,6 +27,7 @@ __all__ = [
     "ScheduleError",
     "SmoothCacheError",
     "StepError",
+    "__version__",
     "calibrate",
     "compile",
     "disabled",

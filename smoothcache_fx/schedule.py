@@ -59,7 +59,7 @@ class Schedule:
             )
         rows = {selector_of(key): row_of(key, row, steps) for key, row in self.compute.items()}
         flops = None if self.flops is None else MappingProxyType(weights_of(self.flops, rows))
-        checked = dict(steps=steps, order=order, compute=MappingProxyType(rows), flops=flops)
+        checked = {"steps": steps, "order": order, "compute": MappingProxyType(rows), "flops": flops}
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -111,7 +111,8 @@ class Schedule:
         unknown = [kinds] if isinstance(kinds, str) else [kind for kind in kinds if kind not in KINDS]
         if unknown:
             raise ScheduleError(f"kinds has {unknown}, expected a sequence of some of {', '.join(KINDS)}")
-        return cls(steps, dict.fromkeys(kinds, [step % interval == 0 for step in range(steps)]))
+        row = tuple(step % interval == 0 for step in range(steps))
+        return cls(steps, dict.fromkeys(kinds, row))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the schedule as JSON, one line per row; `load` gives an equal schedule back."""

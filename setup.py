@@ -1,0 +1,46 @@
+"""Builds smoothcache_fx. `passes/` and `kernels/` lie beside `smoothcache_fx/`, and are installed inside."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+(VERSION,) = re.findall(
+    r'^__version__ = "(.+)"$', (ROOT / "smoothcache_fx/_version.py").read_text(), re.MULTILINE
+)
+
+PLOT = ["matplotlib"]
+DEMO = ["scikit-learn", "safetensors", "tqdm", *PLOT]
+DIFFUSERS = ["diffusers"]
+TEST = [
+    *DEMO,
+    *DIFFUSERS,
+    "dit-smoothcache",
+    "hypothesis",
+    "pytest",
+    "transformers",
+    # The test of the wheel builds it in the running environment.
+    "setuptools>=70.1",
+    "wheel",
+]
+
+setup(
+    name="smoothcache_fx",
+    version=VERSION,
+    description="SmoothCache for any Diffusion Transformer, as a torch.compile pass",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["smoothcache_fx", "smoothcache_fx.demo", "smoothcache_fx.passes", "smoothcache_fx.kernels"],
+    # A top-level package called `kernels` would shadow the one that diffusers and transformers look for.
+    package_dir={"smoothcache_fx.passes": "passes", "smoothcache_fx.kernels": "kernels"},
+    package_data={"smoothcache_fx.demo": ["digits_dit.safetensors"]},
+    install_requires=["torch>=2.11", "numpy", "triton; platform_system == 'Linux'"],
+    extras_require={"demo": DEMO, "diffusers": DIFFUSERS, "plot": PLOT, "test": TEST},
+    entry_points={"torch_dynamo_backends": ["smoothcache = smoothcache_fx.backend:smoothcache_backend"]},
+)

@@ -1,0 +1,17 @@
+"""Imports of what only the demo needs."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def require(module: str) -> ModuleType:
+    """The module, or an ``ImportError`` that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"the demo needs {module.partition('.')[0]}, which is not installed: "
+            'pip install "smoothcache_fx[demo]"'
+        ) from error

@@ -1,0 +1,30 @@
+"""What every test starts from: few threads, fixed seeds, and no graphs of an earlier test."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# CI must fail on the same example twice; HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("default", derandomize=True, deadline=None)
+settings.register_profile(
+    "explore", max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def fresh_start() -> Iterator[None]:
+    """Seeds are fixed, and Dynamo knows nothing of what earlier tests compiled."""
+    random.seed(0)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
