@@ -13,7 +13,7 @@ is left of the operand after its gate, is the value to cache (the paper caches i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
@@ -128,7 +128,7 @@ def analyze(graph: Graph) -> tuple[list[Site], list[Rejection]]:
     for branch in branches:
         branch.kind = _kind(facts, branch)
         _walk_back_to_output(facts, branch)
-    return _name(facts, [_merge(facts, group) for group in _shared_work(branches)]), rejections
+    return _finish(facts, [_merge(facts, group) for group in _shared_work(branches)]), rejections
 
 
 def _addends(node: Node) -> tuple[Node, Node] | None:
@@ -319,7 +319,7 @@ def _merge(facts: GraphFacts, branches: list[_Branch]) -> Site:
         region=tuple(region),
         weights=tuple(weights),
         containers=containers,
-        flops=count_flops(only_needed_by(outputs)),
+        flops=0,  # known once all sites are: see _finish
         cache_bytes=sum(output_bytes(output) for output in outputs),
     )
 
@@ -342,19 +342,29 @@ def _called_modules(nodes: Iterable[Node]) -> set[str]:
     return paths - {""}
 
 
-def _name(facts: GraphFacts, sites: list[Site]) -> list[Site]:
+def _finish(facts: GraphFacts, sites: list[Site]) -> list[Site]:
+    """The sites in graph order, with what depends on all of them: unique names, and the work that each saves."""
     sites.sort(key=lambda site: facts.position[site.outputs[0]])
     names = unique_names([site.name for site in sites], [site.kind for site in sites])
-    return [replace(site, name=unique) for site, unique in zip(sites, names)]
+    outputs = {output for site in sites for output in site.outputs}
+    return [
+        replace(site, name=name, flops=count_flops(only_needed_by(site.outputs, outputs)))
+        for site, name in zip(sites, names)
+    ]
 
 
-def only_needed_by(outputs: Iterable[Node]) -> set[Node]:
-    """The nodes that are dead once every use of ``outputs`` is replaced, the outputs with them."""
+def only_needed_by(outputs: Iterable[Node], stored: Collection[Node] = ()) -> set[Node]:
+    """The nodes that are dead once every use of ``outputs`` is replaced, the outputs with them.
+
+    What other sites store is computed whether or not this step goes on to use it.
+    """
     dead = set(outputs)
     pending = list(dead)
     while pending:
         for parent in pending.pop().all_input_nodes:
-            if parent.op == "call_function" and parent not in dead and all(user in dead for user in parent.users):
+            if parent.op != "call_function" or parent in dead or parent in stored:
+                continue
+            if all(user in dead for user in parent.users):
                 dead.add(parent)
                 pending.append(parent)
     return dead

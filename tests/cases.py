@@ -53,7 +53,9 @@ class Case:
         conditioning: what stays the same along a trajectory.
         call: ``call(model, latents, t, conditioning)`` -> the model's prediction, in the latents' shape;
             ``t`` falls from 1 to 0.
-        branches: site name -> the branch, all that the model has, in graph order.
+        branches: site name -> the branch, all that the model has.
+        shared_matmuls: products with a weight that only branches need, but several: such as a projection
+            of the text that they attend to.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Case:
     conditioning: Callable[[Generator], dict[str, Tensor]]
     call: Callable[[nn.Module, Tensor, float, Conditioning], Tensor]
     branches: Mapping[str, Branch]
+    shared_matmuls: int = 0
 
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model in eval mode; equal seeds give equal models."""
@@ -131,14 +134,22 @@ def group_of(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("#")[0].split("."))
 
 
-def random_rows(names: Sequence[str], steps: int, seed: int) -> tuple[Schedule, dict[str, list[int]]]:
-    """A schedule with a row of its own for each group, and one for a single site; and each site's row."""
+def random_rows(
+    names: Sequence[str], steps: int, seed: int, masks: int = 5
+) -> tuple[Schedule, dict[str, list[int]]]:
+    """A schedule with a row of its own for each group, and one for a single site; and every site's row.
+
+    At most ``masks`` distinct decisions are spread over the steps, so that each recurs, as in real schedules.
+    """
     generator = random.Random(seed)
+    later = [*range(1, masks), *generator.choices(range(1, masks), k=steps - masks)]
+    mask_of_step = [0, *generator.sample(later, k=steps - 1)]
     rows: dict[str, list[int]] = {}
     # One site is selected by name, against its group.
     for selector in [*dict.fromkeys(map(group_of, names)), generator.choice(names)]:
         while True:
-            row = [1, *generator.choices((0, 1), weights=(3, 2), k=steps - 1)]
+            decisions = [1, *generator.choices((0, 1), weights=(3, 2), k=masks - 1)]
+            row = [decisions[mask] for mask in mask_of_step]
             if 1 < sum(row) < steps and row not in rows.values():
                 break
         rows[selector] = row

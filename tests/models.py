@@ -38,7 +38,9 @@ BATCH = 2
 # Written out in inline_dits.py
 
 
-def _inline(name: str, make: Callable[[], nn.Module], branches: Mapping[str, Branch]) -> Case:
+def _inline(
+    name: str, make: Callable[[], nn.Module], branches: Mapping[str, Branch], shared_matmuls: int = 0
+) -> Case:
     return Case(
         name,
         make,
@@ -49,6 +51,7 @@ def _inline(name: str, make: Callable[[], nn.Module], branches: Mapping[str, Bra
         },
         call=lambda model, x, t, c: model(x, torch.full((BATCH,), t, dtype=x.dtype), **c),
         branches=branches,
+        shared_matmuls=shared_matmuls,
     )
 
 
@@ -91,7 +94,7 @@ INLINE = [
         lambda: InlineDiT(PostNormBlock(), PostNormBlock()),
         _per_block(2, {"attn": ATTN, "mlp": MLP}),
     ),
-    _inline("flat", lambda: InlineDiT(FlatBlock(), FlatBlock()), _per_block(2, FLAT)),
+    _inline("flat", lambda: InlineDiT(FlatBlock(), FlatBlock()), _per_block(2, FLAT), shared_matmuls=1),
     _inline(
         "single_stream",
         lambda: InlineDiT(SingleStreamBlock(), SingleStreamBlock()),
@@ -201,6 +204,8 @@ PIXART = Case(
         },
         "transformer_blocks",
     ),
+    # The text's projection.
+    shared_matmuls=2,
 )
 JOINT = {
     "attn": Branch("attn", "attn", matmuls=8, outputs=2),
@@ -231,6 +236,8 @@ SD3 = Case(
         "transformer_blocks.2.attn": Branch("transformer_blocks.2.attn", "attn", matmuls=8),
         "transformer_blocks.2.ff": replace(FF, module="transformer_blocks.2.ff"),
     },
+    # Where all branches are reused nobody reads the text stream: its embedding and two modulations.
+    shared_matmuls=3,
 )
 FLUX = Case(
     "diffusers_flux",

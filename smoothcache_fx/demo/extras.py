@@ -7,11 +7,11 @@ from types import ModuleType
 
 
 def require(module: str) -> ModuleType:
-    """The module, or an ``ImportError`` that says how to install it."""
+    """The module; raises ImportError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"the demo needs {module.partition('.')[0]}, which is not installed: "
+            f"the demo needs {module.partition('.')[0]}, which cannot be imported ({error}): "
             'pip install "smoothcache_fx[demo]"'
         ) from error

@@ -1,0 +1,82 @@
+"""What the benches share: interleaved timing, the machine's description, result files."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import smoothcache_fx as smoothcache
+
+RESULTS = Path(__file__).parent / "results"
+
+#: The published schedule for DiT-XL/2 with 50 DDIM steps at alpha 0.18: 24 steps computed, equal for attn and mlp.
+PUBLISHED_24_OF_50 = [int(digit) for digit in "1000" "1001" "0010" + "1010" * 9 + "11"]
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each run, ``rounds`` times each, taking turns, so that a slow spell of the machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warmup + rounds):
+        for name, run in runs.items():
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and spread (20th to 80th percentile), in seconds."""
+    ordered = sorted(seconds)
+    low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
+    return {"median": statistics.median(ordered), "p20": low, "p80": high}
+
+
+def ratio_of_medians(base: list[float], other: list[float]) -> float:
+    """How many times faster ``other`` is: the median over rounds of the ratio within a round."""
+    return statistics.median(b / o for b, o in zip(base, other))
+
+
+def machine() -> dict[str, Any]:
+    """Device, versions and date: what a figure means nothing without."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "smoothcache_fx": smoothcache.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+
+
+def write_result(name: str, result: Mapping[str, Any]) -> Path:
+    """Write ``bench/results/<name>.json`` with the machine's description beside the figures."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+    return path

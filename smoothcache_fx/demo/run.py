@@ -1,0 +1,236 @@
+"""The demo: calibrate, schedule, compile and sample the trained digits model, and measure all of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from ..calibration import Calibration
+from ..compiler import compile
+from ..plots import plot_errors, plot_schedules
+from ..recording import calibrate
+from ..report import report
+from ..schedule import Schedule
+from ..tables import format_table
+from .data import load_digits
+from .extras import require
+from .metrics import Classifier, frechet_distance, real_frechet_distance
+from .model import DiT
+from .sampler import sample
+from .weights import load_model
+
+BATCH = 100
+
+
+@dataclass
+class Configuration:
+    """One way to sample, with what was measured of it."""
+
+    name: str
+    steps: int
+    run: Callable[[Tensor, int], Tensor]
+    computed: str
+    mac_ratio: float
+    images: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    accuracy: float = 0.0
+    distance: float = 0.0
+
+
+@dataclass
+class Row:
+    """A line of the demo's table."""
+
+    name: str
+    steps: int
+    computed: str
+    mac_ratio: float
+    speedup_over_compile: float
+    speedup_over_eager: float
+    accuracy: float
+    frechet_distance: float
+
+
+def calibration_trajectories(model: DiT, count: int, steps: int) -> None:
+    """The paper's calibration: ``count`` trajectories, here one digit each."""
+    for seed in range(count):
+        sample(model, torch.tensor([seed % model.num_classes]), steps=steps, seed=1000 + seed)
+
+
+def run_demo(
+    output: Path,
+    *,
+    samples: int = 300,
+    alphas: tuple[float, ...],
+    steps: int = 50,
+    backend: str = "inductor",
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Run everything, write files into ``output``, and return the table's rows.
+
+    Args:
+        output: folder for the calibration, the schedules, the table and the pictures; made if missing.
+        samples: images per configuration, rounded up to whole batches of 100.
+        alphas: thresholds to derive schedules for.
+        steps: denoising steps.
+        backend: inner compiler, for the plain and the cached model alike.
+        say: gets each line for the user.
+    """
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    tqdm = require("tqdm.auto").tqdm
+    output.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    digits = load_digits()
+    classifier = Classifier()
+    model = load_model(device)
+    say(f"A {len(model.blocks)}-block DiT trained on {len(digits.images)} handwritten digits, on {device}.")
+
+    calibration = calibrate(model, lambda model: calibration_trajectories(model, 10, steps))
+    calibration.save(output / "calibration.json")
+    say(str(calibration))
+    schedules = {alpha: calibration.schedule(alpha=alpha) for alpha in alphas}
+    for alpha, schedule in schedules.items():
+        schedule.save(output / f"schedule-alpha-{alpha:g}.json")
+        say(f"\nalpha {alpha:g}\n{schedule}")
+
+    configurations = _configurations(model, schedules, steps, backend, tqdm)
+    batches = -(-samples // BATCH)
+    _sample_all(configurations, batches, tqdm)
+    for configuration in configurations:
+        images = torch.cat(configuration.images)
+        configuration.accuracy = classifier.accuracy(images, _labels(batches))
+        configuration.distance = frechet_distance(images, digits.held_out_images)
+    rows = _rows(configurations)
+    floor = real_frechet_distance(batches * BATCH)
+    say("\n" + table(rows))
+    say(f"{batches * BATCH} images each; Frechet distance of real digits to held-out real digits {floor:.3f}; "
+        f"the classifier recognises {classifier.held_out_accuracy:.1%} of held-out real digits.")
+    _write(output, rows, floor, classifier.held_out_accuracy, batches * BATCH, table(rows))
+    _pictures(output, configurations, calibration, schedules)
+    say(f"Pictures, schedules and figures are in {output}/")
+    return rows
+
+
+def _configurations(
+    model: DiT, schedules: dict[float, Schedule], steps: int, backend: str, tqdm: Any
+) -> list[Configuration]:
+    """Uncached in eager mode and compiled, cached for each alpha, and fewer steps at equal compute."""
+    plain = copy.deepcopy(model)
+    plain.forward = _torch.dynamo_compile(plain.forward, _torch.named_backend(backend))
+    everything = f"{steps} {steps}"
+    made = [
+        Configuration("eager", steps, _sampler(model, steps), everything, 1.0),
+        Configuration("torch.compile", steps, _sampler(plain, steps), everything, 1.0),
+    ]
+    fewer = []
+    warm = _labels(1)
+    with tqdm(total=2 + len(schedules), desc="compiling", unit=" models") as bar:
+        for configuration in made:
+            sample(model if configuration.name == "eager" else plain, warm, steps=1)
+            bar.update()
+        for alpha, schedule in schedules.items():
+            cached = compile(copy.deepcopy(model), schedule, backend=backend)
+            sample(cached, warm, steps=steps)
+            ratio = report(cached).mac_ratio
+            computed = " ".join(str(sum(row)) for row in schedule.compute.values())
+            made.append(Configuration(f"alpha {alpha:g}", steps, _sampler(cached, steps), computed, ratio))
+            count = max(1, round(steps / ratio))
+            fewer.append(Configuration(f"{count} steps", count, _sampler(plain, count), f"{count} {count}",
+                                       steps / count))
+            bar.update()
+    return made + list({configuration.name: configuration for configuration in fewer}.values())
+
+
+def _sampler(model: DiT, steps: int) -> Callable[[Tensor, int], Tensor]:
+    return lambda labels, seed: sample(model, labels, steps=steps, seed=seed)
+
+
+def _labels(batches: int) -> Tensor:
+    return torch.arange(batches * BATCH) % 10
+
+
+def _sample_all(configurations: list[Configuration], batches: int, tqdm: Any) -> None:
+    """Sample batch by batch, the configurations taking turns, so that a slow spell hits all of them."""
+    with tqdm(total=batches * len(configurations), desc="sampling", unit=" batches") as bar:
+        for batch in range(batches):
+            for configuration in configurations:
+                start = time.perf_counter()
+                images = configuration.run(_labels(1), batch).cpu()  # the copy waits for the device
+                configuration.seconds.append(time.perf_counter() - start)
+                configuration.images.append(images)
+                bar.update()
+
+
+def _rows(configurations: list[Configuration]) -> list[Row]:
+    by_name = {configuration.name: configuration for configuration in configurations}
+
+    def speedup(base: str, configuration: Configuration) -> float:
+        pairs = zip(by_name[base].seconds, configuration.seconds)
+        return statistics.median(slow / fast for slow, fast in pairs)
+
+    return [
+        Row(c.name, c.steps, c.computed, c.mac_ratio, speedup("torch.compile", c), speedup("eager", c),
+            c.accuracy, c.distance)
+        for c in configurations
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    heading = ("", "steps", "computed attn ffn", "MAC ratio", "x torch.compile", "x eager", "recognised", "Frechet")
+    body = [
+        (row.name, str(row.steps), row.computed, f"{row.mac_ratio:.2f}", f"{row.speedup_over_compile:.2f}",
+         f"{row.speedup_over_eager:.2f}", f"{row.accuracy:.1%}", f"{row.frechet_distance:.3f}")
+        for row in rows
+    ]
+    return format_table([heading, *body])
+
+
+def _write(output: Path, rows: list[Row], floor: float, held_out: float, samples: int, text: str) -> None:
+    result = {
+        "rows": [asdict(row) for row in rows],
+        "samples": samples,
+        "real_versus_real_frechet_distance": floor,
+        "classifier_held_out_accuracy": held_out,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    (output / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    (output / "table.txt").write_text(text + "\n")
+
+
+def _pictures(
+    output: Path, configurations: list[Configuration], calibration: Calibration, schedules: dict[float, Schedule]
+) -> None:
+    plot_errors(calibration, output / "errors.png", alphas=tuple(schedules))
+    plot_schedules({f"alpha {alpha:g}": schedule for alpha, schedule in schedules.items()}, output / "schedules.png")
+    shown = [c for c in configurations if c.name != "eager"]
+    plot_samples({c.name: c.images[0][:20] for c in shown}, output / "samples.png")
+
+
+def plot_samples(images: dict[str, Tensor], path: Path) -> None:
+    """One row of pictures per entry, ``[n, 1, size, size]`` in [-1, 1]; the same column has the same seed."""
+    plt = require("matplotlib.pyplot")
+    columns = max(len(row) for row in images.values())
+    figure, axes = plt.subplots(len(images), columns, figsize=(0.42 * columns + 1.3, 0.46 * len(images)),
+                                squeeze=False, gridspec_kw={"wspace": 0.08, "hspace": 0.08, "left": 0.13,
+                                                            "right": 0.995, "top": 0.99, "bottom": 0.01})
+    for line, (name, row) in zip(axes, images.items()):
+        for axis, image in zip(line, row):
+            axis.imshow(image[0].clamp(-1, 1), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        for axis in line:
+            axis.axis("off")
+        line[0].text(-0.35, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,224 @@
+"""``find_sites`` on graphs whose sites are known by construction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from capture import Attention, Block, Stack, capture, inputs
+from models import CASES
+from smoothcache_fx.passes import analyze, find_sites
+from smoothcache_fx.passes.facts import MATMULS, packet
+from smoothcache_fx.passes.names import common_module, group_of, unique_names
+from smoothcache_fx.passes.sites import only_needed_by
+
+
+def sites_of(model: nn.Module, *args: torch.Tensor, backend: str = "eager"):
+    (program,) = capture(model.eval(), *args, backend=backend)
+    return find_sites(program.builder.captured.graph)
+
+
+class Residual(nn.Module):
+    """``x + branch(x)`` for any branch."""
+
+    def __init__(self, branch) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.branch = branch
+
+    def forward(self, x, c):
+        return x + self.branch(self, x, c)
+
+
+def test_names_kinds_groups_and_order():
+    sites = sites_of(Stack(), *inputs())
+    assert [(s.name, s.kind, s.group) for s in sites] == [
+        ("blocks.0.attn", "attn", "blocks.*.attn"),
+        ("blocks.0.mlp", "ffn", "blocks.*.mlp"),
+        ("blocks.1.attn", "attn", "blocks.*.attn"),
+        ("blocks.1.mlp", "ffn", "blocks.*.mlp"),
+    ]
+
+
+def test_the_output_is_what_comes_before_the_gate():
+    batch, tokens, width = 2, 6, 16
+    for site in sites_of(Block(width), *inputs(batch, tokens, width)):
+        (output,), (gates,) = site.outputs, site.gates
+        assert packet(output) is torch.ops.aten.addmm, "the projection itself, gate and views taken off"
+        assert gates == ((batch, 1, width),)
+        assert output in site.region and not any(add in site.region for add in site.adds)
+
+
+def test_flops_and_bytes_are_those_of_the_formulas():
+    batch, tokens, width, heads = 2, 6, 16, 2
+    attn, ffn = sites_of(Block(width, heads), *inputs(batch, tokens, width))
+    rows = batch * tokens
+    projections = 2 * rows * width * 4 * width
+    scores_and_values = 2 * 2 * batch * tokens * tokens * width
+    assert attn.flops == projections + scores_and_values
+    assert ffn.flops == 2 * 2 * rows * width * 4 * width
+    assert attn.cache_bytes == ffn.cache_bytes == rows * width * 4
+
+
+def test_flops_of_cpu_flash_attention_are_counted():
+    """PyTorch's own counter gives the CPU's fused attention no FLOPs at all."""
+    (attn, _) = sites_of(Block(), *inputs())
+    names = [str(node.target) for node in attn.region]
+    assert any("flash_attention_for_cpu" in name for name in names)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_sites_are_found_in_inductors_graph(name):
+    """Decompositions rewrite norms, activations and softmax; sites, kinds and names must not depend on them."""
+    case = CASES[name]
+    latents, (conditioning,) = case.inputs(1, torch.float32)
+    found = {}
+    for backend in ("eager", "inductor"):
+        programs = []
+
+        class Captured(nn.Module):
+            def __call__(self, *args, **kwargs):
+                programs.extend(capture(case.build(), *args, backend=backend, **kwargs))  # noqa: B023
+                raise StopIteration
+
+        if backend == "inductor":
+            with pytest.MonkeyPatch.context() as patch:
+                # Only the captured graph is looked at: the back half is left out.
+                patch.setattr("smoothcache_fx._torch.inductor_compile", lambda gm, *rest: lambda a: gm(*a))
+                with pytest.raises(StopIteration):
+                    case.call(Captured(), latents, 1.0, conditioning)
+        else:
+            with pytest.raises(StopIteration):
+                case.call(Captured(), latents, 1.0, conditioning)
+        torch._dynamo.reset()
+        found[backend] = [
+            (site.name, site.kind, len(site.outputs))
+            for program in programs
+            for site in program.builder.sites
+        ]
+    assert found["inductor"] == found["eager"]
+
+
+def test_a_lora_beside_its_base_is_one_site_with_one_cache():
+    class Lora(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.down, self.up = nn.Linear(16, 16), nn.Linear(16, 2), nn.Linear(2, 16)
+
+        def forward(self, x):
+            return self.base(x) + self.up(self.down(x))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = Lora(), Lora()
+
+        def forward(self, x, c):
+            return x + self.fc2(F.gelu(self.fc1(x)))
+
+    (site,) = sites_of(Model(), *inputs())
+    assert site.kind == "ffn" and len(site.outputs) == 1
+
+
+def test_gated_attention_is_attention_and_a_joined_feed_forward_is_both():
+    class Gated(nn.Module):
+        def __init__(self, joined: bool):
+            super().__init__()
+            self.attn, self.gate, self.out = Attention(16, 2), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.wide = nn.Linear(32, 16)
+            self.joined = joined
+
+        def forward(self, x, c):
+            if self.joined:
+                return x + self.wide(torch.cat((self.attn(x), F.gelu(self.gate(x))), dim=-1))
+            return x + self.out(self.attn(x) * torch.sigmoid(self.gate(x)))
+
+    assert [s.kind for s in sites_of(Gated(False), *inputs())] == ["attn"]
+    assert [s.kind for s in sites_of(Gated(True), *inputs())] == ["attn_ffn"]
+
+
+@pytest.mark.parametrize(
+    ("branch", "reason"),
+    [
+        (lambda m, x, c: 0.044 * x * x * x, "no matmul"),
+        (lambda m, x, c: m.first(c)[:, None], "neither operand"),
+        (lambda m, x, c: m.first.weight[0], "a parameter"),
+    ],
+    ids=["pointwise", "conditioning", "parameter"],
+)
+def test_adds_that_are_no_branch_are_refused_with_the_reason(branch, reason):
+    (program,) = capture(Residual(branch).eval(), *inputs())
+    sites, rejections = analyze(program.builder.captured.graph)
+    assert sites == []
+    assert any(reason in rejection.reason for rejection in rejections)
+    assert all("capture.py" in r.source or "test_sites.py" in r.source for r in rejections)
+
+
+def test_a_residual_on_the_conditioning_vector_is_no_site():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x, c):
+            c = c + self.embed(F.silu(c))
+            return self.out(x) * c[:, None]
+
+    (program,) = capture(Model().eval(), *inputs())
+    sites, rejections = analyze(program.builder.captured.graph)
+    assert not sites and any("two-dimensional" in r.reason for r in rejections)
+
+
+def test_a_residual_around_residuals_is_no_site():
+    class LongSkip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = Stack(), nn.Linear(16, 16)
+
+        def forward(self, x, c):
+            return x + self.out(self.inner(x, c))
+
+    (program,) = capture(LongSkip().eval(), *inputs())
+    sites, rejections = analyze(program.builder.captured.graph)
+    assert len(sites) == 4 and any("spans the residual add" in r.reason for r in rejections)
+
+
+def test_nothing_is_changed():
+    (program,) = capture(Stack().eval(), *inputs())
+    graph = program.builder.captured.graph
+    before = graph.python_code("self").src
+    find_sites(graph)
+    assert graph.python_code("self").src == before
+
+
+def test_work_shared_by_two_sites_belongs_to_neither():
+    """A product that two parallel branches read is not saved by reusing one of them."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inlet, self.attn = nn.Linear(16, 16), Attention(16, 2)
+            self.mlp = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+
+        def forward(self, x, c):
+            x = x + 1
+            text = self.inlet(c)[:, None]
+            return x + self.attn(x + text) + self.mlp(x + text)
+
+    sites = sites_of(Shared(), *inputs())
+    assert len(sites) == 2
+    for site in sites:
+        only = only_needed_by(site.outputs)
+        products = [node for node in only if packet(node) in MATMULS]
+        assert len(products) == 2, "its own two, and not the one on the conditioning"
+
+
+def test_names():
+    assert common_module(["blocks.0.attn.qkv.weight", "blocks.0.attn.proj.bias"]) == "blocks.0.attn"
+    assert common_module(["a.weight", "b.weight"]) == ""
+    assert group_of("blocks.3.attn#2") == "blocks.*.attn"
+    assert unique_names(["b.0", "b.0", ""], ["attn", "ffn", "ffn"]) == ["b.0.attn", "b.0.ffn", "ffn"]
+    assert unique_names(["b.attn", "b.attn"], ["attn", "attn"]) == ["b.attn", "b.attn#2"]
+    assert unique_names(["b.attn"], ["attn"], call=1) == ["b.attn#2"]
