@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -119,6 +120,20 @@ def dynamo_input_index(placeholder: Node) -> int | None:
     while isinstance(origin, SubclassGetAttrAOTInput):
         origin = origin.base
     return origin.idx if isinstance(origin, PlainAOTInput) else None
+
+
+def source_path(placeholder: Node) -> str:
+    """The dotted path by which the captured frame reached one of its inputs: ``blocks.0.attn.qkv.weight``.
+
+    Read off Dynamo's expression for it, ``L['self']._modules['blocks']._modules['0']...``; a fallback where the
+    module that the names are relative to is not known.
+    """
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return str(placeholder.target)
+    name = source.name() if callable(source.name) else source.name
+    skipped = ("_modules", "_parameters", "_buffers", "__dict__")
+    return ".".join(part for part in re.findall(r"\w+", name)[2:] if part not in skipped)
 
 
 def own_parameter_name(placeholder: Node) -> str | None:

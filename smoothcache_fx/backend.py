@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _torch
 from .build import GraphBuilder
@@ -20,7 +20,7 @@ from .passes.facts import WEIGHT
 from .passes.guard import placeholders
 from .passes.names import common_module, drop_components, group_of, unique_names
 from .program import Binding, Dispatcher, GuardedProgram, Plan, SiteInfo, make_plan
-from .schedule import Schedule
+from .schedule import KINDS, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +32,11 @@ class Frame:
     """
 
     def __init__(self, gm: GraphModule, inputs: Sequence[Any], weight_names: Mapping[int, str]) -> None:
-        names = gm.meta.get("dynamo_flat_name_to_original_fqn", {})
         self._static_names: dict[int, str] = {}
         for index, (node, value) in enumerate(zip(placeholders(gm.graph), inputs)):
-            name = weight_names.get(id(value)) or names.get(node.target) or names.get(node.name)
+            name = weight_names.get(id(value))
             if name is not None or isinstance(value, torch.nn.Parameter):
-                self._static_names[index] = name or str(node.target)
+                self._static_names[index] = name or _torch.source_path(node)
         #: Positions of the frame's inputs that are parameters or buffers.
         self.weights = tuple(self._static_names)
 
@@ -187,7 +186,7 @@ def compile_frame(session: Session, gm: GraphModule, inputs: Sequence[Any]) -> t
 
 # For ``torch.compile(model, backend="smoothcache")`` there is no call of ours around the model's: a program ticks the
 # clock itself, and recompiles of one model find its clock by the parameter that the graph uses first.
-_clocks: weakref.WeakKeyDictionary[torch.nn.Parameter, Clock] = weakref.WeakKeyDictionary()
+_clocks = WeakIdKeyDictionary()
 
 
 def smoothcache_backend(
@@ -223,7 +222,7 @@ def smoothcache_backend(
             clock = _clocks[weight] = Clock(schedule.steps, calls)
     session = Session(schedule, inner, clock, None)
     program, run = compile_frame(session, gm, inputs)
-    check_selectors(schedule, [site for site in program.builder.sites])
+    check_selectors(schedule, program.builder.sites)
 
     @functools.wraps(run)
     def tick_and_run(*arguments: Any) -> Any:
@@ -240,8 +239,7 @@ def smoothcache_backend(
 def check_selectors(schedule: Schedule, sites: Sequence[Any]) -> None:
     """Raise ``ScheduleError`` if a selector of the schedule fits no site; kinds that the model lacks are allowed."""
     unused = schedule.unused_selectors(sites)
-    kinds = {"attn", "cross_attn", "ffn", "attn_ffn"}
-    wrong = [selector for selector in unused if selector not in kinds]
+    wrong = [selector for selector in unused if selector not in KINDS]
     if not wrong and (not unused or len(unused) < len(schedule.compute)):
         return
     groups: dict[str, str] = {site.group: site.kind for site in sites}

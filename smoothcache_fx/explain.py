@@ -227,4 +227,5 @@ def _stages(program: Program) -> Iterator[tuple[str, str, GraphModule]]:
 def _as_python(heading: str, graph: GraphModule) -> str:
     comment = "\n".join(f"# {line}" for line in heading.splitlines())
     code = graph.print_readable(print_output=False, include_device=True)
+    code = code.replace(f"class {graph._get_name()}(", "class GraphModule(", 1)  # AOTAutograd's are called <lambda>
     return f"{comment}\nimport torch\nfrom smoothcache_fx.passes import guard\n\n{code}\n"

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 # CI must fail on the same example twice; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("default", derandomize=True, deadline=None)
 settings.register_profile(
-    "explore", max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "explore", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

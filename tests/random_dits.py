@@ -29,14 +29,14 @@ class Architecture:
 
     Attributes:
         depth: blocks.
-        gate: what a branch's output is multiplied with: nothing, a value per sample and channel (through a tanh), a
-            parameter per channel, a learned scalar, a number.
+        gate: what a branch's output is multiplied with: nothing, a value per sample and channel (through a
+            tanh), a parameter per channel, a learned scalar, a number.
         norm: ``layer`` or ``rms``.
         post_norm: the norm is behind the branch instead of before it.
         parallel: all branches read the block's input.
         cross: whether there is cross-attention.
-        modulation: norms are scaled and shifted by ``none``, by values that each block computes (``per_block``), or
-            by values computed once, to which each block adds a table (``shared``).
+        modulation: what scales and shifts the norms: ``none``, values that each block computes (``per_block``),
+            or values computed once, to which each block adds a table (``shared``).
         fused_qkv: one projection for queries, keys and values.
         explicit_attention: softmax(QK^T)V in matmuls.
         qk_norm: queries and keys are normalised.
@@ -206,7 +206,7 @@ class RandomDiT(nn.Module):
         self.norm, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CHANNELS)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, text: Tensor) -> Tensor:
-        """``x [batch, tokens, CHANNELS]``, ``t [batch]``, ``text [batch, text_tokens, TEXT_WIDTH]``, float32."""
+        """``x [batch, tokens, CHANNELS]``, ``t [batch]``, ``text [batch, text_tokens, TEXT_WIDTH]``."""
         c = (self.time(timestep_embedding(t, WIDTH)) + self.label(label)).to(self.a.branch_dtype)
         text = text.to(self.a.branch_dtype)
         shared = self.shared(F.silu(c.to(t.dtype))).to(self.a.branch_dtype)

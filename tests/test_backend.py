@@ -1,0 +1,314 @@
+"""Programs and bindings, recompiles, shapes, the registered backend, and PyTorch's caches on disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import smoothcache_fx as smoothcache
+from capture import Block, Stack, inputs
+from cases import randomize
+from oracle import Oracle
+from smoothcache_fx import NoSitesError, Schedule, ScheduleError
+from smoothcache_fx.compiler import compiled_forward
+
+
+class Branch:
+    """Where the oracle finds a site: a module and which of its calls."""
+
+    def __init__(self, module: str, call: int = 0) -> None:
+        self.module, self.call = module, call
+
+
+def check(model, reference, branches, rows, *, backend="eager", trajectories=2, sizes=((2, 6),), **options):
+    """A compiled model's outputs equal the oracle's over whole trajectories; returns the compiled model."""
+    steps = len(next(iter(rows.values())))
+    smoothcache.compile(model, Schedule(steps, rows), backend=backend, **options)
+    with Oracle(reference, branches, rows) as oracle, torch.no_grad():
+        for trajectory in range(trajectories):
+            x, _ = inputs(*sizes[trajectory % len(sizes)])
+            for step in range(steps):
+                c = torch.randn(len(x), 16)
+                actual = model(x, c)
+                with oracle.step(step):
+                    expected = reference(x, c)
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+                x = x + 0.1 * torch.randn_like(x)
+    return model
+
+
+def pair(make):
+    """The same model twice, with random weights."""
+    return randomize(make(), 0).eval(), randomize(make(), 0).eval()
+
+
+ROWS = {
+    "blocks.0.attn": [1, 0, 1, 0, 0],
+    "blocks.0.mlp": [1, 1, 0, 0, 1],
+    "blocks.1.attn": [1, 0, 0, 1, 0],
+    "blocks.1.mlp": [1, 0, 1, 1, 0],
+}
+BRANCHES = {name: Branch(name) for name in ROWS}
+
+
+def test_one_graph_that_serves_two_blocks_keeps_them_apart():
+    """A graph break behind each block: Dynamo captures the block once and runs it for both."""
+    model = check(*pair(lambda: Stack(broken=True)), BRANCHES, ROWS)
+    programs = [p for p in compiled_forward(model).session.programs if p.builder.sites]
+    (program,) = programs
+    first, second = program.bindings
+    assert [site.name for site in first.sites] == ["blocks.0.attn", "blocks.0.mlp"]
+    assert [site.name for site in second.sites] == ["blocks.1.attn", "blocks.1.mlp"]
+    buffers = [b.streams[0].buffers for b in (first, second)]
+    assert {t.data_ptr() for t in buffers[0]}.isdisjoint({t.data_ptr() for t in buffers[1]})
+    assert first.plan.compute != second.plan.compute
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["one_graph", "graph_break"])
+def test_a_block_called_twice_in_a_step_has_two_caches(broken):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x, c):
+            for _ in range(2):
+                x = self.block(0.9 * x, c)
+                if broken:
+                    torch._dynamo.graph_break()
+            return x
+
+    rows = {"block.attn": [1, 0, 1, 0], "block.mlp": [1, 1, 0, 1], "block.attn#2": [1, 0, 0, 1],
+            "block.mlp#2": [1, 0, 1, 0]}
+    branches = {name: Branch(name.partition("#")[0], int("#2" in name)) for name in rows}
+    model = check(*pair(Tied), branches, rows)
+    names = {site.name for p in compiled_forward(model).session.programs for b in p.bindings for site in b.sites}
+    assert names == set(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_compile_for_three_trajectories_and_a_variant_per_mask(dtype):
+    model = randomize(Stack(), 0).eval().to(dtype)
+    steps = 12
+    rows = {"attn": [1, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 1], "ffn": [1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 1]}
+    smoothcache.compile(model, Schedule(steps, rows), backend="eager")
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for _ in range(3):
+            for step in range(steps):
+                x, c = inputs()
+                model(x.to(dtype), c.to(dtype))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    report = smoothcache.report(model)
+    assert report.graphs == 1 and report.calls == 36 and report.trajectories == 3
+    assert report.variants == len(set(zip(rows["attn"], rows["ffn"]))) == 4
+    assert not report.forced
+
+
+def test_the_cache_stays_where_it_is():
+    """Buffers are allocated once: CUDA graphs hold on to their addresses."""
+    model = randomize(Stack(), 0).eval()
+    smoothcache.compile(model, Schedule(4, {"attn": [1, 0, 1, 0], "ffn": [1, 0, 0, 0]}), backend="eager")
+    addresses = set()
+    with torch.no_grad():
+        for _ in range(3 * 4):
+            model(*inputs())
+            (program,) = compiled_forward(model).session.programs
+            addresses.add(tuple(t.data_ptr() for t in program.bindings[0].streams[0].buffers))
+    assert len(addresses) == 1
+
+
+def test_caches_are_static_inputs_of_inductors_variants(monkeypatch):
+    """Every cache's position, and those of the parameters, is among ``static_input_idxs``."""
+    from torch._inductor import compile_fx
+
+    from smoothcache_fx.passes.guard import CACHE
+    from smoothcache_fx.passes.facts import WEIGHT
+
+    seen = []
+    original = compile_fx.compile_fx_inner
+
+    def spy(gm, example_inputs, **settings):
+        holders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        caches = {i for i, node in enumerate(holders) if CACHE in node.meta}
+        weights = {i for i, node in enumerate(holders) if WEIGHT in node.meta}
+        seen.append((set(settings["static_input_idxs"]), caches, weights))
+        return original(gm, example_inputs, **settings)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", spy)
+    model = randomize(Stack(1), 0).eval()
+    smoothcache.compile(model, Schedule(2, {"attn": [1, 0], "ffn": [1, 0]}))
+    with torch.no_grad():
+        model(*inputs()), model(*inputs())
+    assert len(seen) == 2
+    for static, caches, weights in seen:
+        assert caches and caches <= static and weights <= static
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_changing_shapes_between_trajectories(backend, dynamic):
+    model = check(*pair(Stack), BRANCHES, ROWS, backend=backend, trajectories=5,
+                  sizes=((2, 6), (3, 8), (2, 9), (2, 6), (4, 5)), dynamic=dynamic)
+    assert smoothcache.report(model).graphs <= 2
+
+
+@pytest.mark.slow
+def test_changing_shapes_under_inductor():
+    check(*pair(lambda: Stack(2)), BRANCHES, ROWS, backend="inductor", trajectories=3,
+          sizes=((2, 6), (3, 8), (2, 9)), dynamic=True)
+
+
+def test_a_change_of_shape_within_a_trajectory_computes_anew():
+    model, reference = pair(Stack)
+    smoothcache.compile(model, Schedule(4, {"attn": [1, 0, 0, 0], "ffn": [1, 0, 0, 0]}), backend="eager",
+                        dynamic=True)
+    with torch.no_grad():
+        model(*inputs(2, 6))
+        x, c = inputs(2, 8)
+        torch.testing.assert_close(model(x, c), reference(x, c), rtol=1e-5, atol=1e-5)
+    report = smoothcache.report(model)
+    assert sum(report.forced.values()) == 4 and "step 1" in str(report)
+
+
+def test_a_failed_call_leaves_no_half_written_cache_behind():
+    model, reference = pair(Stack)
+    smoothcache.compile(model, Schedule(3, {"attn": [1, 0, 0], "ffn": [1, 0, 0]}), backend="eager")
+    with torch.no_grad():
+        model(*inputs())
+        (program,) = compiled_forward(model).session.programs
+        variant = next(iter(program.dispatcher.variants.values()))
+        run = variant.run
+        model(*inputs()), model(*inputs())
+
+        def fail(arguments):
+            run(arguments)
+            raise RuntimeError("out of memory")
+
+        variant.run = fail
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(*inputs())
+        variant.run = run
+        x, c = inputs()
+        torch.testing.assert_close(model(x, c), reference(x, c), rtol=1e-5, atol=1e-5)
+
+
+# The backend by its name.
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Dynamo finds the entry point only where the package is installed; tests may run on a bare tree."""
+    from torch._dynamo.backends import registry
+
+    from smoothcache_fx.backend import smoothcache_backend
+
+    monkeypatch.setitem(registry._COMPILER_FNS, "smoothcache", smoothcache_backend)
+    monkeypatch.setitem(registry._BACKENDS, "smoothcache", None)
+
+
+def test_the_backend_by_name(registered):
+    model, reference = pair(Stack)
+    schedule = Schedule(5, ROWS)
+    compiled = torch.compile(model, backend="smoothcache", options={"schedule": schedule, "backend": "eager"})
+    with Oracle(reference, BRANCHES, ROWS) as oracle, torch.no_grad():
+        for _ in range(2):
+            for step in range(5):
+                x, c = inputs()
+                with oracle.step(step):
+                    expected = reference(x, c)
+                torch.testing.assert_close(compiled(x, c), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_backend_by_name_keeps_its_step_over_a_recompile(registered):
+    """A second graph of the same model, for another batch size, goes on at the step where the first was."""
+    model, reference = pair(Stack)
+    schedule = Schedule(4, {"attn": [1, 0, 0, 1], "ffn": [1, 0, 0, 1]})
+    compiled = torch.compile(
+        model, backend="smoothcache", options={"schedule": schedule, "backend": "eager"}, dynamic=False
+    )
+    with torch.no_grad():
+        compiled(*inputs(2))
+        x, c = inputs(3)
+        torch.testing.assert_close(compiled(x, c), reference(x, c), rtol=1e-5, atol=1e-5)
+        compiled(x, c)
+        x, c = inputs(3)
+        torch.testing.assert_close(compiled(x, c), reference(x, c), rtol=1e-5, atol=1e-5)  # step 3 computes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (None, "needs options"),
+        ({"schedule": "fora"}, "got 'fora' as schedule"),
+        ({"schedule": Schedule(3, {"encoder.*": [1, 0, 0]}), "backend": "eager"}, "has no such site"),
+    ],
+)
+def test_the_backend_by_name_refuses(registered, options, message):
+    compiled = torch.compile(Stack().eval(), backend="smoothcache", options=options)
+    with torch.no_grad(), pytest.raises(Exception, match=message):
+        compiled(*inputs())
+
+
+# What a plain torch.compile has left on disk.
+
+
+TWO_PROCESSES = """
+    import sys
+    import torch
+    import smoothcache_fx as smoothcache
+    from capture import Stack, inputs
+    from cases import randomize
+
+    torch.set_num_threads(1)
+    model = randomize(Stack(1), 0).eval()
+    torch.manual_seed(3)
+    calls = [inputs() for _ in range(2)]
+    if sys.argv[1] == "plain":
+        model = torch.compile(model)
+    else:
+        smoothcache.compile(model, smoothcache.Schedule(2, {"attn": [1, 0], "ffn": [1, 0]}))
+    with torch.no_grad():
+        outputs = [model(*call) for call in calls]
+    if sys.argv[1] != "plain":
+        report = smoothcache.report(model)
+        assert [group.reused for group in report.groups] == [1, 1], report
+        with smoothcache.disabled(model), torch.no_grad():
+            fresh = model(*calls[1])
+        assert (outputs[1] - fresh).abs().max() > 1e-2, "the second call was not cached"
+        assert report.variants == 2
+    print("done")
+"""
+
+
+@pytest.mark.slow
+def test_a_plain_compile_on_disk_does_not_stand_in_for_ours(tmp_path):
+    """AOTAutograd's cache on disk does not know inner compilers: without care ours would load the plain graph."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(TWO_PROCESSES))
+    paths = [path for path in sys.path if path]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+                   "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *paths])}
+    for name in ("plain", "cached", "cached"):
+        done = subprocess.run([sys.executable, script, name], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "done" in done.stdout, f"{name}:\n{done.stdout}\n{done.stderr}"
+
+
+def test_no_sites_at_all():
+    model = smoothcache.compile(nn.Sequential(nn.Linear(4, 4)).eval(), Schedule(2, {"ffn": [1, 0]}), backend="eager")
+    with pytest.raises(NoSitesError, match="no add of two tensors was found"):
+        model(torch.randn(2, 3, 4))
+
+
+def test_graphs_and_ordinals_of_a_schedule_for_other_sites():
+    model = smoothcache.compile(Stack().eval(), Schedule(2, {"layers.*.attn": [1, 0]}), backend="eager")
+    with pytest.raises(ScheduleError, match=r"'layers.\*.attn'.*\n  blocks.\*.attn \(attn\)\n  blocks.\*.mlp"):
+        model(*inputs())

@@ -1,0 +1,108 @@
+"""The clock: which step, stream and trajectory a call is, and when a sampler does not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smoothcache_fx import StepError
+from smoothcache_fx.clock import Clock, TimestepReader
+
+
+def ticks(clock, timesteps):
+    seen = []
+    for timestep in timesteps:
+        clock.tick(timestep)
+        seen.append((clock.trajectory, clock.step, clock.stream))
+    return seen
+
+
+@given(steps=st.integers(1, 9), calls=st.integers(1, 3), trajectories=st.integers(1, 3))
+def test_counts_without_timesteps(steps, calls, trajectories):
+    clock = Clock(steps, calls)
+    expected = [(n, s, c) for n in range(trajectories) for s in range(steps) for c in range(calls)]
+    assert ticks(clock, [None] * len(expected)) == expected
+    assert clock.serial == len(expected)
+
+
+@given(steps=st.integers(2, 9), calls=st.integers(1, 3), falling=st.booleans())
+def test_counts_with_timesteps(steps, calls, falling):
+    run = [s for s in range(steps) for _ in range(calls)]
+    times = [steps - t if falling else t for t in run] * 2
+    assert ticks(Clock(steps, calls), map(float, times))[-1] == (1, steps - 1, calls - 1)
+
+
+def test_a_sampler_with_fewer_steps_is_told_both_numbers():
+    clock = Clock(5)
+    ticks(clock, [3.0, 2.0, 1.0])
+    with pytest.raises(StepError, match=r"schedule's 5 steps: it began anew after 3 steps"):
+        clock.tick(3.0)
+    assert ticks(clock, [3.0, 2.0]) == [(1, 0, 0), (1, 1, 0)], "after the error the next call starts clean"
+
+
+def test_a_sampler_with_more_steps_is_told_both_numbers():
+    clock = Clock(3)
+    ticks(clock, [5.0, 4.0, 3.0])
+    with pytest.raises(StepError, match="schedule's 3 steps: it goes on after 3 steps"):
+        clock.tick(2.0)
+
+
+def test_more_calls_than_steps_after_an_explicit_begin():
+    clock = Clock(2)
+    clock.begin()
+    ticks(clock, [None, None])
+    with pytest.raises(StepError, match="goes on after 2 steps"):
+        clock.tick(None)
+
+
+def test_begin_ends_a_trajectory_half_way():
+    clock = Clock(5)
+    ticks(clock, [5.0, 4.0])
+    clock.begin()
+    assert ticks(clock, [5.0, 4.0]) == [(1, 0, 0), (1, 1, 0)]
+
+
+def test_a_failed_call_ends_the_trajectory():
+    clock = Clock(5)
+    ticks(clock, [5.0, 4.0])
+    clock.abandon()
+    assert ticks(clock, [5.0]) == [(1, 0, 0)]
+
+
+def test_going_back_a_little_is_no_new_trajectory():
+    """Resampling (RePaint) goes back to noisier steps within a trajectory."""
+    assert ticks(Clock(6), [9.0, 7.0, 5.0, 7.0, 5.0, 3.0])[-1] == (0, 5, 0)
+
+
+def test_a_constant_timestep_says_nothing():
+    assert ticks(Clock(2), [1.0] * 4) == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
+
+
+def test_without_steps_a_trajectory_is_as_long_as_it_turns_out():
+    assert ticks(Clock(None), [3.0, 2.0, 1.0, 3.0, 2.0]) == [(0, 0, 0), (0, 1, 0), (0, 2, 0), (1, 0, 0), (1, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "expected"),
+    [
+        ((0, torch.tensor([7, 7])), {}, 7.0),
+        ((0,), {"timestep": 0.5}, 0.5),
+        ((0, torch.tensor(3.0)), {}, 3.0),
+        ((0, None), {}, None),
+        ((0,), {}, None),
+        ((0, torch.tensor([], dtype=torch.float32)), {}, None),
+        ((0, torch.empty(1, device="meta")), {}, None),
+    ],
+)
+def test_reading_a_timestep(args, kwargs, expected):
+    def forward(x, timestep=None): ...
+
+    assert TimestepReader(forward).read(args, kwargs) == expected
+
+
+def test_a_model_without_a_timestep_argument():
+    def forward(x, c): ...
+
+    assert TimestepReader(forward).read((1, 2), {}) is None

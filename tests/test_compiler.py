@@ -1,0 +1,250 @@
+"""``compile`` and what undoes it; bad input, by the message."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import smoothcache_fx as smoothcache
+from capture import Stack, inputs
+from cases import randomize
+from smoothcache_fx import CompiledError, NoSitesError, Schedule, ScheduleError, StepError
+
+SCHEDULE = Schedule(3, {"attn": [1, 0, 0], "ffn": [1, 0, 1]})
+
+
+@pytest.fixture
+def model():
+    return randomize(Stack(), 0).eval()
+
+
+class Timed(nn.Module):
+    """A stack whose forward takes a timestep."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = Stack()
+
+    def forward(self, x, timestep):
+        return self.stack(x, timestep.view(-1, 1).expand(len(x), 16))
+
+
+def run(model, steps):
+    with torch.no_grad():
+        return [model(*inputs()) for _ in range(steps)]
+
+
+def test_it_returns_the_same_object_and_touches_only_forward(model):
+    names, kind = list(model.state_dict()), type(model)
+    assert smoothcache.compile(model, SCHEDULE, backend="eager") is model
+    assert list(model.state_dict()) == names and type(model) is kind
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in Stack().named_modules()]
+
+
+def test_methods_that_call_forward_are_cached_too():
+    class Guided(Stack):
+        def forward_with_cfg(self, x, c):
+            return self.forward(torch.cat((x, x)), torch.cat((c, 0 * c))).chunk(2)
+
+    model = smoothcache.compile(randomize(Guided(), 0).eval(), SCHEDULE, backend="eager")
+    with torch.no_grad():
+        for _ in range(3):
+            model.forward_with_cfg(*inputs())
+    assert [group.reused for group in smoothcache.report(model).groups] == [4, 2]
+
+
+def test_remove_gives_everything_back(model):
+    x, c = inputs()
+    with torch.no_grad():
+        before = model(x, c)
+    smoothcache.compile(model, SCHEDULE, backend="eager")
+    run(model, 2)
+    session = model.forward.session
+    assert smoothcache.remove(model) is model
+    assert "forward" not in model.__dict__ and not session.programs
+    with torch.no_grad():
+        assert torch.equal(model(x, c), before)
+    smoothcache.compile(model, SCHEDULE, backend="eager")  # and it can be compiled again
+
+
+def test_remove_gives_back_a_forward_that_someone_else_had_put_there(model):
+    inner = type(model).forward
+
+    def hooked(x, c):
+        return inner(model, x, c) + 1
+
+    model.forward = hooked
+    x, c = inputs()
+    with torch.no_grad():
+        before = model(x, c)
+    smoothcache.compile(model, SCHEDULE, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(model(x, c), before)
+    smoothcache.remove(model)
+    assert model.__dict__["forward"] is hooked
+
+
+def test_disabled_runs_the_original_and_leaves_the_step(model):
+    smoothcache.compile(model, SCHEDULE, backend="eager")
+    run(model, 1)
+    plain = Stack()
+    plain.load_state_dict(model.state_dict())
+    x, c = inputs()
+    with torch.no_grad():
+        with smoothcache.disabled(model):
+            assert torch.equal(model(x, c), plain(x, c))
+        assert not torch.equal(model(x, c), plain(x, c)), "step 1 reuses"
+    assert smoothcache.report(model).calls == 2
+
+
+def test_reset_begins_a_trajectory(model):
+    smoothcache.compile(model, SCHEDULE, backend="eager")
+    run(model, 2)
+    smoothcache.reset(model)
+    plain = Stack()
+    plain.load_state_dict(model.state_dict())
+    x, c = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, c), plain(x, c))
+    assert smoothcache.report(model).trajectories == 2
+
+
+def test_two_models_of_one_class_do_not_share_anything():
+    models = [randomize(Stack(), seed).eval() for seed in range(10)]
+    plain = [copy.deepcopy(model) for model in models]
+    for model in models:
+        smoothcache.compile(model, SCHEDULE, backend="eager")
+    for _ in range(3):
+        x, c = inputs()
+        outputs = [model(x, c) for model in models]
+    for model, reference, output in zip(models, plain, outputs):
+        assert smoothcache.report(model).calls == 3
+        assert not torch.equal(output, reference(x, c))
+        assert smoothcache.report(model).variants == 3
+
+
+# Bad input.
+
+
+def test_compiled_twice(model):
+    smoothcache.compile(model, SCHEDULE, backend="eager")
+    with pytest.raises(CompiledError, match="Stack is compiled already: call smoothcache.remove"):
+        smoothcache.compile(model, SCHEDULE)
+
+
+def test_wrapped_by_torch_compile(model):
+    with pytest.raises(CompiledError, match="_orig_mod"):
+        smoothcache.compile(torch.compile(model, backend="eager"), SCHEDULE)
+    model.compile(backend="eager")
+    with pytest.raises(CompiledError, match=r"model.compile\(\) was called"):
+        smoothcache.compile(model, SCHEDULE)
+
+
+@pytest.mark.parametrize("call", [smoothcache.remove, smoothcache.reset, smoothcache.report])
+def test_not_compiled(model, call):
+    with pytest.raises(CompiledError, match="Stack is not compiled"):
+        call(model)
+
+
+def test_training_mode(model):
+    smoothcache.compile(model.train(), SCHEDULE, backend="eager")
+    with pytest.raises(CompiledError, match="training mode.*model.eval"):
+        model(*inputs())
+
+
+def test_gradients_on_an_input(model):
+    smoothcache.compile(model, SCHEDULE, backend="eager")
+    x, c = inputs()
+    with pytest.raises(CompiledError, match="input 1 requires gradients"):
+        model(x, c.requires_grad_())
+    with pytest.raises(CompiledError, match="input 'c' requires gradients"):
+        model(x, c=c)
+
+
+def test_a_schedule_for_other_sites_lists_the_models_groups(model):
+    smoothcache.compile(model, Schedule(3, {"attn": [1, 0, 0], "*.attn2": [1, 0, 0]}), backend="eager")
+    with pytest.raises(ScheduleError) as error:
+        model(*inputs())
+    assert "'*.attn2'" in str(error.value)
+    assert "blocks.*.attn (attn)" in str(error.value) and "blocks.*.mlp (ffn)" in str(error.value)
+
+
+def test_kinds_that_the_model_lacks_are_no_error_but_only_such_are(model):
+    smoothcache.compile(model, Schedule.uniform(3, 3), backend="eager")
+    run(model, 1)
+    other = smoothcache.compile(randomize(Stack(), 0).eval(), Schedule(3, {"cross_attn": [1, 0, 0]}), backend="eager")
+    with pytest.raises(ScheduleError, match="'cross_attn', but the model has no such site"):
+        other(*inputs())
+
+
+def test_more_and_fewer_steps_than_the_schedule():
+    more = smoothcache.compile(randomize(Timed(), 0).eval(), SCHEDULE, backend="eager")
+    x, _ = inputs()
+    for t in (1.0, 0.8, 0.6):
+        more(x, torch.full((2,), t))
+    with pytest.raises(StepError, match="schedule's 3 steps: it goes on after 3 steps"):
+        more(x, torch.full((2,), 0.4))
+    fewer = smoothcache.compile(randomize(Timed(), 0).eval(), SCHEDULE, backend="eager")
+    for t in (1.0, 0.5):
+        fewer(x, torch.full((2,), t))
+    with pytest.raises(StepError, match="schedule's 3 steps: it began anew after 2 steps"):
+        fewer(x, torch.full((2,), 1.0))
+
+
+def test_no_site_says_what_was_looked_at():
+    class NoBranch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x, c):
+            return x + 0.1 * x * x + self.linear(c)[:, None]
+
+    model = smoothcache.compile(NoBranch().eval(), SCHEDULE, backend="eager")
+    with pytest.raises(NoSitesError) as error:
+        model(*inputs())
+    message = str(error.value)
+    assert "NoBranch has no residual branch" in message
+    assert "no matmul, convolution or opaque op" in message and "test_compiler.py" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"schedule": [1, 0]}, TypeError, "schedule must be a smoothcache Schedule, got list"),
+        ({"calls_per_step": 0}, ValueError, "calls_per_step must be a positive number"),
+        ({"backend": "no_such_backend"}, Exception, "no_such_backend"),
+        ({"backend": "smoothcache"}, ValueError, "cannot be 'smoothcache' itself"),
+        ({"backend": torch.compile}, TypeError, "name of an inner compiler"),
+        ({"mode": "max-autotune", "options": {"max_autotune": True}}, ValueError, "either mode or options"),
+        ({"options": {"no_such_option": 1}}, RuntimeError, "no_such_option"),
+        ({"mode": "fastest"}, RuntimeError, "fastest"),
+    ],
+)
+def test_arguments_that_do_not_fit(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        smoothcache.compile(model, **{"schedule": SCHEDULE, **arguments})
+    assert "forward" not in model.__dict__
+
+
+def test_something_that_is_no_module():
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got function"):
+        smoothcache.compile(lambda x: x, SCHEDULE)
+
+
+def test_fullgraph_is_handed_on():
+    model = smoothcache.compile(Stack(broken=True).eval(), SCHEDULE, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        model(*inputs())
+
+
+def test_copies_and_pickles_are_refused(model):
+    smoothcache.compile(model, SCHEDULE, backend="eager")
+    with pytest.raises(CompiledError, match="cannot be copied"):
+        copy.deepcopy(model)
+    with pytest.raises(CompiledError, match="cannot be pickled"):
+        pickle.dumps(model)

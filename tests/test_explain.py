@@ -1,0 +1,105 @@
+"""``explain``, ``report`` and ``dump``."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import smoothcache_fx as smoothcache
+from capture import Stack, inputs
+from cases import randomize
+from smoothcache_fx import CompiledError, NoSitesError, Schedule
+
+ROWS = {"attn": [1, 0, 1, 0], "ffn": [1, 0, 0, 0]}
+
+
+@pytest.fixture
+def model():
+    return randomize(Stack(3), 0).eval()
+
+
+def test_explain_tells_groups_shapes_gates_work_and_memory(model):
+    explanation = smoothcache.explain(model, *inputs(2, 6))
+    groups = explanation.groups()
+    assert list(groups) == ["blocks.*.attn", "blocks.*.mlp"]
+    assert all(len(sites) == 3 for sites in groups.values())
+    site = groups["blocks.*.mlp"][1]
+    assert (site.name, site.kind, site.gates) == ("blocks.1.mlp", "ffn", (((2, 1, 16),),))
+    assert site.flops == 2 * 2 * 12 * 16 * 64 and site.cache_bytes == 12 * 16 * 4
+    assert explanation.cache_bytes == 6 * 12 * 16 * 4
+    assert sum(s.flops for s in explanation.sites) < explanation.flops
+    text = str(explanation)
+    for part in ("Stack: 6 sites in 1 graph", "blocks.*.mlp", "[2, 1, 16]", "4.5 KiB of cache", "adds not taken",
+                 "neither operand is computed from the other"):
+        assert part in text, part
+
+
+def test_explain_predicts_what_then_happens(model):
+    schedule = Schedule(4, ROWS)
+    predicted = smoothcache.explain(model, *inputs(), schedule=schedule)
+    smoothcache.compile(model, schedule, backend="eager")
+    with torch.no_grad():
+        for _ in range(4):
+            model(*inputs())
+    report = smoothcache.report(model)
+    assert predicted.variants == report.variants == 3
+    assert predicted.mac_ratio == pytest.approx(report.mac_ratio)
+    assert predicted.cache_bytes == report.cache_bytes
+    assert predicted.mac_ratio > 1.5
+
+
+def test_explain_counts_graph_breaks_and_leaves_a_compiled_model_alone(model):
+    broken = Stack(2, broken=True).eval()
+    explanation = smoothcache.explain(broken, *inputs())
+    assert explanation.graphs >= 1 and len(explanation.sites) == 4
+    assert explanation.flops == smoothcache.explain(Stack(2).eval(), *inputs()).flops
+    smoothcache.compile(model, Schedule(4, ROWS), backend="eager")
+    with torch.no_grad():
+        model(*inputs())
+    smoothcache.explain(model, *inputs())
+    assert smoothcache.report(model).calls == 1
+
+
+def test_explain_refuses(model):
+    with pytest.raises(TypeError, match="expected a torch.nn.Module"):
+        smoothcache.explain(None)
+    with pytest.raises(CompiledError, match="training mode"):
+        smoothcache.explain(copy.deepcopy(model).train(), *inputs())
+    with pytest.raises(NoSitesError):
+        smoothcache.explain(torch.nn.Linear(16, 16).eval(), torch.randn(2, 6, 16))
+
+
+def test_report_before_and_after(model):
+    smoothcache.compile(model, Schedule(4, ROWS), backend="eager")
+    empty = smoothcache.report(model)
+    assert (empty.calls, empty.groups, empty.variants, empty.mac_ratio) == (0, [], 0, 1.0)
+    str(empty)
+    with torch.no_grad():
+        for _ in range(6):
+            model(*inputs())
+    report = smoothcache.report(model)
+    counts = {group.group: (group.sites, group.computed, group.reused) for group in report.groups}
+    assert counts == {"blocks.*.attn": (3, 9, 9), "blocks.*.mlp": (3, 6, 12)}
+    assert (report.calls, report.steps, report.trajectories) == (6, 6, 2)
+    assert len(report.compile_seconds) == report.variants == 3
+    assert "6 calls, 6 steps, 2 trajectories" in str(report) and "MAC ratio" in str(report)
+
+
+def test_dump_writes_readable_python(model, tmp_path):
+    smoothcache.compile(model, Schedule(4, ROWS), backend="eager")
+    with pytest.raises(CompiledError, match="call the compiled model once"):
+        smoothcache.dump(model, tmp_path)
+    with torch.no_grad():
+        for _ in range(4):
+            model(*inputs())
+    files = smoothcache.dump(model, tmp_path)
+    names = [path.relative_to(tmp_path).as_posix() for path in files]
+    assert names == ["graph_0/captured.py", "graph_0/guarded.py", *(f"graph_0/variant_{i}.py" for i in range(3))]
+    texts = {path.stem: path.read_text() for path in files}
+    for text in texts.values():
+        compile(text, "dumped", "exec")
+    assert texts["guarded"].count("guard(") >= 6 and "guard(" not in texts["captured"]
+    assert "# Reused: blocks.0.attn, blocks.0.mlp" in texts["variant_1"]
+    assert texts["variant_1"].count("addmm") < texts["variant_0"].count("addmm")
