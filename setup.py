@@ -8,9 +8,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-(VERSION,) = re.findall(
-    r'^__version__ = "(.+)"$', (ROOT / "smoothcache_fx/_version.py").read_text(), re.MULTILINE
-)
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "smoothcache_fx/_version.py").read_text(), re.MULTILINE)
 
 PLOT = ["matplotlib"]
 DEMO = ["scikit-learn", "safetensors", "tqdm", *PLOT]

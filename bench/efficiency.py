@@ -11,16 +11,25 @@ import argparse
 import copy
 
 import torch
+from common import PUBLISHED_24_OF_50, interleaved, ratio_of_medians, summary, write_result
 
 import smoothcache_fx as smoothcache
-from common import PUBLISHED_24_OF_50, interleaved, ratio_of_medians, summary, write_result
 from smoothcache_fx.demo.model import DiT, randomize
 
 
 def build(depth: int, width: int) -> DiT:
     """A DiT over 4-channel 32x32 latents in patches of 2: 256 tokens."""
-    return randomize(DiT(image_size=32, patch_size=2, channels=4, width=width, depth=depth, heads=width // 64,
-                         num_classes=1000))
+    return randomize(
+        DiT(
+            image_size=32,
+            patch_size=2,
+            channels=4,
+            width=width,
+            depth=depth,
+            heads=width // 64,
+            num_classes=1000,
+        )
+    )
 
 
 @torch.no_grad()
@@ -75,19 +84,24 @@ def main() -> None:
         print(f"{name:14s} {one['median']:.3f} s  ({one['p20']:.3f} to {one['p80']:.3f})")
     print(f"speed-up {speedup:.3f}, MAC ratio {report.mac_ratio:.3f}, efficiency {speedup / report.mac_ratio:.3f}")
     print(f"a cached step costs about {reused_step / full:.1%} of a full one")
-    print(f"caches {report.cache_bytes / 2**20:.1f} MiB, variants {report.variants}, "
-          f"compiled in {sum(report.compile_seconds):.1f} s")
+    print(
+        f"caches {report.cache_bytes / 2**20:.1f} MiB, variants {report.variants}, "
+        f"compiled in {sum(report.compile_seconds):.1f} s"
+    )
     if arguments.write:
-        path = write_result("efficiency", {
-            "arguments": vars(arguments),
-            "seconds": {name: summary(values) for name, values in seconds.items()},
-            "speedup": speedup,
-            "mac_ratio": report.mac_ratio,
-            "efficiency": speedup / report.mac_ratio,
-            "cached_step_share": reused_step / full,
-            "cache_bytes": report.cache_bytes,
-            "compile_seconds": report.compile_seconds,
-        })
+        path = write_result(
+            "efficiency",
+            {
+                "arguments": vars(arguments),
+                "seconds": {name: summary(values) for name, values in seconds.items()},
+                "speedup": speedup,
+                "mac_ratio": report.mac_ratio,
+                "efficiency": speedup / report.mac_ratio,
+                "cached_step_share": reused_step / full,
+                "cache_bytes": report.cache_bytes,
+                "compile_seconds": report.compile_seconds,
+            },
+        )
         print(f"written to {path}")
 
 

@@ -18,31 +18,29 @@ WEIGHT = "smoothcache_weight"
 
 _SCALARS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
+
+def _ops(namespace: object, names: str) -> frozenset[object]:
+    """The ops of these names that the installed torch has."""
+    return frozenset(getattr(namespace, name) for name in names.split() if hasattr(namespace, name))
+
+
 # Ops that hand on their first argument, element for element: a residual path is looked at through them.
-VIEWS_AND_CASTS = frozenset(
-    getattr(namespace, name)
-    for namespace, names in (
-        (aten, "view _unsafe_view reshape _reshape_alias view_copy permute permute_copy transpose t squeeze "
-               "unsqueeze squeeze_copy unsqueeze_copy clone contiguous alias detach lift_fresh _to_copy to "
-               "flatten unflatten"),
-        (prims, "convert_element_type view_of squeeze transpose"),
-    )
-    for name in names.split()
-    if hasattr(namespace, name)
+VIEWS_AND_CASTS = _ops(
+    aten,
+    """view _unsafe_view reshape _reshape_alias view_copy permute permute_copy transpose t squeeze unsqueeze
+    squeeze_copy unsqueeze_copy clone contiguous alias detach lift_fresh _to_copy to flatten unflatten""",
+) | _ops(prims, "convert_element_type view_of squeeze transpose")
+
+MATMULS = _ops(
+    aten,
+    """mm addmm bmm baddbmm matmul linear _int_mm _scaled_mm _weight_int8pack_mm _weight_int4pack_mm convolution
+    _convolution mkldnn_convolution""",
 )
 
-MATMULS = frozenset(
-    getattr(aten, name)
-    for name in ("mm addmm bmm baddbmm matmul linear _int_mm _scaled_mm _weight_int8pack_mm _weight_int4pack_mm "
-                 "convolution _convolution mkldnn_convolution").split()
-    if hasattr(aten, name)
-)
-
-NONLINEAR = frozenset(
-    getattr(aten, name)
-    for name in ("gelu silu relu sigmoid tanh erf exp leaky_relu elu mish softplus hardswish hardtanh clamp_min "
-                 "relu6 prelu celu hardsigmoid log_sigmoid_forward threshold").split()
-    if hasattr(aten, name)
+NONLINEAR = _ops(
+    aten,
+    """gelu silu relu sigmoid tanh erf exp leaky_relu elu mish softplus hardswish hardtanh clamp_min relu6 prelu celu
+    hardsigmoid log_sigmoid_forward threshold""",
 )
 
 _POINTWISE_PRODUCTS = frozenset({aten.mul, aten.div, prims.mul, prims.div})

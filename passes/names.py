@@ -12,7 +12,7 @@ def common_module(parameter_names: Iterable[str]) -> str:
     if not paths:
         return ""
     shared = []
-    for parts in zip(*paths):
+    for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1:
             break
         shared.append(parts[0])
@@ -32,11 +32,11 @@ def unique_names(paths: Sequence[str], kinds: Sequence[str], call: int = 0) -> l
     of the whole graph with the same weights within one call of the model.
     """
     kinds_of: dict[str, set[str]] = {}
-    for path, kind in zip(paths, kinds):
+    for path, kind in zip(paths, kinds, strict=True):
         kinds_of.setdefault(path, set()).add(kind)
     bases = [
         path if path and len(kinds_of[path]) == 1 else f"{path}.{kind}".lstrip(".")
-        for path, kind in zip(paths, kinds)
+        for path, kind in zip(paths, kinds, strict=True)
     ]
     total, seen = Counter(bases), Counter()
     names = []

@@ -169,8 +169,11 @@ def _branches_of(facts: GraphFacts, add: Node, site_adds: set[Node]) -> tuple[li
     if any(leaf not in facts.activations for leaf in leaves) and len(leaves) == 2:
         return [], "adds a parameter or a constant"
     bases = {leaf: through_views(leaf) for leaf in leaves}
-    leading = [leaf for leaf in leaves
-               if any(facts.descends(bases[other], bases[leaf]) for other in leaves if other is not leaf)]
+    leading = [
+        leaf
+        for leaf in leaves
+        if any(facts.descends(bases[other], bases[leaf]) for other in leaves if other is not leaf)
+    ]
     if not leading:
         return [], "neither operand is computed from the other"
     # With several, as in a long skip connection's x0 + x + branch(x), the nearest one is the skip path.
@@ -182,7 +185,10 @@ def _branches_of(facts: GraphFacts, add: Node, site_adds: set[Node]) -> tuple[li
         region = facts.between(skip, term)
         inner = next((node for node in region if node in site_adds), None)
         branch = _Branch(
-            add, skip, term, region,
+            add,
+            skip,
+            term,
+            region,
             heavy={node for node in region if facts.bears_weight(node)},
             attention={node for node in region if facts.mixes_activations(node)},
         )
@@ -349,7 +355,7 @@ def _finish(facts: GraphFacts, sites: list[Site]) -> list[Site]:
     outputs = {output for site in sites for output in site.outputs}
     return [
         replace(site, name=name, flops=count_flops(only_needed_by(site.outputs, outputs)))
-        for site, name in zip(sites, names)
+        for site, name in zip(sites, names, strict=True)
     ]
 
 

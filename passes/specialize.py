@@ -81,9 +81,9 @@ def remove_dead_code(graph: Graph) -> None:
 
 
 def _has_effect(node: Node) -> bool:
-    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
-            return False
+    is_aten = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    if is_aten and torch.Tag.nondeterministic_seeded in node.target.tags:
+        return False
     return node.is_impure()
 
 

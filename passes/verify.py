@@ -57,7 +57,7 @@ def _check_outputs(gm: GraphModule, like: GraphModule, stage: str) -> None:
     ours, theirs = _flat_outputs(gm), _flat_outputs(like)
     if len(ours) != len(theirs):
         raise GraphError(f"after {stage}: {len(ours)} outputs, the captured graph has {len(theirs)}")
-    for index, (our, their) in enumerate(zip(ours, theirs)):
+    for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
         if not isinstance(our, Node) or not isinstance(their, Node):
             if our is not their and our != their:
                 raise GraphError(f"after {stage}: output {index} is {our}, the captured graph's is {their}")
@@ -89,7 +89,9 @@ def _check_cache(cache: Node) -> None:
     writes = [user for user in cache.users if user.target is torch.ops.aten.copy_.default and user.args[0] is cache]
     reads = [user for user in cache.users if user not in writes]
     if len(writes) > 1 or (writes and reads):
-        raise GraphError(f"the cache {cache.name} is written by {[n.name for n in writes]} and read by "
-                         f"{[n.name for n in reads]}; one step does one or the other")
+        raise GraphError(
+            f"the cache {cache.name} is written by {[n.name for n in writes]} and read by "
+            f"{[n.name for n in reads]}; one step does one or the other"
+        )
     if writes and writes[0].args[1] is cache:
         raise GraphError(f"the cache {cache.name} is copied onto itself")

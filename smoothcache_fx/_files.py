@@ -41,9 +41,7 @@ def read_object(path: str | PathLike[str], error: type[SmoothCacheError], what: 
     except (ValueError, RecursionError) as reason:
         raise error(f"{str(path)!r} is no {what} file: it is not JSON ({reason})") from reason
     if not isinstance(data, dict):
-        raise error(
-            f"{str(path)!r} is no {what} file: it holds a JSON {type(data).__name__}, expected an object"
-        )
+        raise error(f"{str(path)!r} is no {what} file: it holds a JSON {type(data).__name__}, expected an object")
     return data
 
 

@@ -23,9 +23,7 @@ def _last_computes(row: tuple[bool, ...]) -> tuple[int, ...]:
     return tuple(result)
 
 
-def compute_fraction(
-    computed: Mapping[str, int], steps: int, flops: Mapping[str, float] | None = None
-) -> float:
+def compute_fraction(computed: Mapping[str, int], steps: int, flops: Mapping[str, float] | None = None) -> float:
     """Share of FLOPs computed where selector `key` computes `computed[key]` of `steps` steps.
 
     `flops[key]` is the selector's weight, the same for all if None. 1.0 if there is no weight at all. The
@@ -77,8 +75,7 @@ def row_of(key: str, row: object, steps: int) -> tuple[bool, ...]:
         )
     if not values[0]:
         raise ScheduleError(
-            f"the row of {key!r} reuses at step 0, where nothing has been computed yet; "
-            f"make its first entry 1"
+            f"the row of {key!r} reuses at step 0, where nothing has been computed yet; make its first entry 1"
         )
     return tuple(map(bool, values))
 
@@ -86,9 +83,7 @@ def row_of(key: str, row: object, steps: int) -> tuple[bool, ...]:
 def weights_of(flops: object, selectors: Iterable[str]) -> dict[str, float]:
     """The FLOPs of each selector as finite floats of at least 0, not all 0, none of `selectors` missing."""
     if not isinstance(flops, Mapping):
-        raise ScheduleError(
-            f"flops is a {type(flops).__name__}, expected a mapping from selector to FLOPs, or None"
-        )
+        raise ScheduleError(f"flops is a {type(flops).__name__}, expected a mapping from selector to FLOPs, or None")
     weights = {selector_of(key): _weight(key, value) for key, value in flops.items()}
     missing = [key for key in selectors if key not in weights]
     if missing:

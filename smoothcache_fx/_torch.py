@@ -154,7 +154,7 @@ def bind_symbols(fake: Any, real: Any, values: dict[Any, int]) -> None:
     if isinstance(fake, torch.SymInt):
         pairs = [(fake, real)]
     elif isinstance(fake, torch.Tensor):
-        pairs = zip(fake.shape, real.shape)
+        pairs = zip(fake.shape, real.shape, strict=True)
     else:
         return
     for symbolic, size in pairs:

@@ -33,7 +33,7 @@ class Frame:
 
     def __init__(self, gm: GraphModule, inputs: Sequence[Any], weight_names: Mapping[int, str]) -> None:
         self._static_names: dict[int, str] = {}
-        for index, (node, value) in enumerate(zip(placeholders(gm.graph), inputs)):
+        for index, (node, value) in enumerate(zip(placeholders(gm.graph), inputs, strict=True)):
             name = weight_names.get(id(value))
             if name is not None or isinstance(value, torch.nn.Parameter):
                 self._static_names[index] = name or _torch.source_path(node)
@@ -97,13 +97,15 @@ class Program:
         paths = []
         for site in builder.sites:
             indices = [_torch.dynamo_input_index(weight) for weight in site.weights]
-            parameters = [names[i] if i is not None else weight.meta[WEIGHT]
-                          for i, weight in zip(indices, site.weights)]
+            parameters = [
+                names[i] if i is not None else weight.meta[WEIGHT]
+                for i, weight in zip(indices, site.weights, strict=True)
+            ]
             paths.append(drop_components(common_module(parameters), site.containers))
         kinds = [site.kind for site in builder.sites]
         sites = [
             SiteInfo(name, group_of(name), site.kind, builder.buffers_of(site), site.flops, site.cache_bytes)
-            for name, site in zip(unique_names(paths, kinds, call), builder.sites)
+            for name, site in zip(unique_names(paths, kinds, call), builder.sites, strict=True)
         ]
         log.info("bound %d sites: %s", len(sites), ", ".join(site.name for site in sites))
         return Binding(sites, self.session.plan(sites), builder.buffer_count)

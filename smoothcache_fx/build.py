@@ -44,12 +44,15 @@ class GraphBuilder:
         #: Positions of the inputs that are symbolic sizes.
         self.shape_inputs = [i for i, value in enumerate(self._input_values) if isinstance(value, torch.SymInt)]
         self.shape_generic = shape_generic or not self.shape_inputs
-        self._fake_mode = next(
-            (value.fake_mode for value in self._input_values if hasattr(value, "fake_mode")), None
-        )
+        self._fake_mode = next((value.fake_mode for value in self._input_values if hasattr(value, "fake_mode")), None)
         self._conditions: list[Any] = []
-        log.info("%d nodes, %d sites, %d adds not taken, %.0f ms", len(captured.graph.nodes), len(self.sites),
-                 len(self.rejections), 1e3 * (time.perf_counter() - start))
+        log.info(
+            "%d nodes, %d sites, %d adds not taken, %.0f ms",
+            len(captured.graph.nodes),
+            len(self.sites),
+            len(self.rejections),
+            1e3 * (time.perf_counter() - start),
+        )
 
     def buffers_of(self, site: Site) -> tuple[int, ...]:
         """Positions of a site's cache buffers."""
@@ -93,8 +96,12 @@ class GraphBuilder:
             arguments.clear()
             return graph(*values)
 
-        return Variant(run, tuple(i for i in kept if i < count), tuple(i - count for i in kept if i >= count),
-                       count_flops(graph.graph))
+        return Variant(
+            run,
+            tuple(i for i in kept if i < count),
+            tuple(i - count for i in kept if i >= count),
+            count_flops(graph.graph),
+        )
 
     def holds_for(self, inputs: Sequence[Any]) -> bool:
         """Whether what the compiler has assumed of symbolic sizes is true of these inputs."""
@@ -121,6 +128,6 @@ class GraphBuilder:
     def _symbols(self, inputs: Sequence[Any]) -> dict[Any, int]:
         values: dict[Any, int] = {}
         if self.shape_inputs:
-            for fake, real in zip(self._input_values, inputs):
+            for fake, real in zip(self._input_values, inputs, strict=True):
                 _torch.bind_symbols(fake, real, values)
         return values

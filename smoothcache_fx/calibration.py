@@ -86,9 +86,7 @@ class Calibration:
         count, _, m2 = self._moments(group)
         return half_width(count, m2)
 
-    def schedule(
-        self, *, alpha: float | None = None, compute: float | None = None, keep_last: bool = True
-    ) -> Schedule:
+    def schedule(self, *, alpha: float | None = None, compute: float | None = None, keep_last: bool = True) -> Schedule:
         """The paper's schedule: from each computed step, the longest reuse whose error is at most `alpha`.
 
         Args:
@@ -163,9 +161,7 @@ class Calibration:
         try:
             metadata = json.dumps(self.metadata, allow_nan=False)
         except (TypeError, ValueError) as reason:
-            raise CalibrationError(
-                f"metadata holds what JSON cannot: {reason}; keep plain values in it"
-            ) from reason
+            raise CalibrationError(f"metadata holds what JSON cannot: {reason}; keep plain values in it") from reason
         lines = [
             f'  "format": {json.dumps(FORMAT)}',
             f'  "version": {VERSION}',
@@ -173,9 +169,7 @@ class Calibration:
             f'  "lags": {self.lags}',
             f'  "history_bytes": {self.history_bytes}',
             f'  "metadata": {metadata}',
-            '  "sites": [\n'
-            + ",\n".join(f"    {json.dumps(site.to_json())}" for site in self.sites)
-            + "\n  ]",
+            '  "sites": [\n' + ",\n".join(f"    {json.dumps(site.to_json())}" for site in self.sites) + "\n  ]",
         ]
         Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
@@ -219,9 +213,7 @@ class Calibration:
         for row in table:
             cells = zip(row, aligns, widths, strict=True)
             lines.append("  ".join(f"{cell:{align}{width}}" for cell, align, width in cells))
-        return "\n".join(
-            [title, *lines, "(error: median over the steps, with the mean's 95% interval there)"]
-        )
+        return "\n".join([title, *lines, "(error: median over the steps, with the mean's 95% interval there)"])
 
     def _moments(self, group: str) -> Moments:
         sites = [site.moments for site in self.sites if site.group == group]

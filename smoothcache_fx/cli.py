@@ -15,7 +15,8 @@ DEMO_ALPHAS = (0.1, 0.2, 0.35)
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
-        prog="python -m smoothcache_fx", description="SmoothCache for any Diffusion Transformer, as a compiler pass."
+        prog="python -m smoothcache_fx",
+        description="SmoothCache for any Diffusion Transformer, as a compiler pass.",
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser(
@@ -26,8 +27,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--samples", type=int, default=300, help="images per configuration, in batches of 100")
-    demo.add_argument("--alphas", type=float, nargs="+", default=DEMO_ALPHAS, metavar="ALPHA",
-                      help="thresholds to derive schedules for")
+    demo.add_argument(
+        "--alphas",
+        type=float,
+        nargs="+",
+        default=DEMO_ALPHAS,
+        metavar="ALPHA",
+        help="thresholds to derive schedules for",
+    )
     demo.add_argument("--steps", type=int, default=50, help="denoising steps")
     demo.add_argument("--backend", default="inductor", help="inner compiler")
     demo.add_argument("--output", type=Path, default=Path("smoothcache-demo"), help="folder for what is written")
@@ -41,8 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "demo":
             from .demo.run import run_demo
 
-            run_demo(options.output, samples=options.samples, alphas=tuple(options.alphas), steps=options.steps,
-                     backend=options.backend, say=lambda line: print(line, flush=True))
+            run_demo(
+                options.output,
+                samples=options.samples,
+                alphas=tuple(options.alphas),
+                steps=options.steps,
+                backend=options.backend,
+                say=lambda line: print(line, flush=True),
+            )
     except (SmoothCacheError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

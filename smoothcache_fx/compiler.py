@@ -85,8 +85,10 @@ class CompiledForward:
 def no_sites_error(model: torch.nn.Module, programs: list[Any]) -> NoSitesError:
     """Says what was looked at, and why nothing of it can be cached."""
     rejections = [rejection for program in programs for rejection in program.builder.rejections]
-    lines = [f"  {r.node.name} in {r.module or 'the model'}{f' ({r.source})' if r.source else ''}: {r.reason}"
-             for r in rejections[:10]]
+    lines = [
+        f"  {r.node.name} in {r.module or 'the model'}{f' ({r.source})' if r.source else ''}: {r.reason}"
+        for r in rejections[:10]
+    ]
     if len(rejections) > len(lines):
         lines.append(f"  and {len(rejections) - len(lines)} more")
     looked = "\n".join(lines) if lines else "  no add of two tensors was found at all"
@@ -152,8 +154,10 @@ def compile(
     """
     model = model_or_pipeline
     if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a smoothcache Schedule, got {type(schedule).__name__}; "
-                        "make one with Schedule(...), Schedule.uniform(...) or calibration.schedule(...)")
+        raise TypeError(
+            f"schedule must be a smoothcache Schedule, got {type(schedule).__name__}; "
+            "make one with Schedule(...), Schedule.uniform(...) or calibration.schedule(...)"
+        )
     check_compilable(model)
     if not isinstance(calls_per_step, int) or calls_per_step < 1:
         raise ValueError(f"calls_per_step must be a positive number of model calls, got {calls_per_step!r}")

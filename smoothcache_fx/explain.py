@@ -92,22 +92,24 @@ class Explanation:
         rows = [("group", "kind", "sites", "shape", "gate", "FLOPs", "share", "cache")]
         for group, sites in self.groups().items():
             flops = sum(site.flops for site in sites)
-            rows.append((
-                group,
-                sites[0].kind,
-                str(len(sites)),
-                " + ".join(str(list(shape)) for shape in sites[0].shapes),
-                " + ".join(" * ".join(str(list(shape)) for shape in gate) or "none" for gate in sites[0].gates),
-                format_flops(flops),
-                f"{flops / max(1, self.flops):.1%}",
-                format_bytes(sum(site.cache_bytes for site in sites)),
-            ))
+            rows.append(
+                (
+                    group,
+                    sites[0].kind,
+                    str(len(sites)),
+                    " + ".join(str(list(shape)) for shape in sites[0].shapes),
+                    " + ".join(" * ".join(str(list(shape)) for shape in gate) or "none" for gate in sites[0].gates),
+                    format_flops(flops),
+                    f"{flops / max(1, self.flops):.1%}",
+                    format_bytes(sum(site.cache_bytes for site in sites)),
+                )
+            )
         inside = sum(site.flops for site in self.sites)
         lines = [
             f"{self.model}: {len(self.sites)} sites in {self.graphs} graph{'s' if self.graphs != 1 else ''}",
             format_table(rows),
-            f"{format_flops(self.flops)} a call, {inside / max(1, self.flops):.1%} of it in sites; "
-            f"{format_bytes(self.cache_bytes)} of cache a stream",
+            f"{format_flops(self.flops)} a call, {inside / max(1, self.flops):.1%} of it in sites, "
+            + f"{format_bytes(self.cache_bytes)} of cache a stream",
         ]
         if self.mac_ratio is not None:
             lines.append(f"with this schedule: {self.variants} variants, MAC ratio {self.mac_ratio:.2f}")
@@ -147,17 +149,22 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
     session.clock.tick()
     with torch.no_grad():
         _torch.dynamo_compile(original, session)(*args, **kwargs)
-    sites = [_explain_site(program, index, info)
-             for program in session.programs
-             for binding in program.bindings
-             for index, info in enumerate(binding.sites)]
+    sites = [
+        _explain_site(program, index, info)
+        for program in session.programs
+        for binding in program.bindings
+        for index, info in enumerate(binding.sites)
+    ]
     if not sites:
         raise no_sites_error(model, session.programs)
     result = Explanation(
         model=type(model).__name__,
         sites=sites,
-        adds=[AddExplanation(add.node.name, add.reason, add.module, add.source)
-              for program in session.programs for add in program.builder.rejections],
+        adds=[
+            AddExplanation(add.node.name, add.reason, add.module, add.source)
+            for program in session.programs
+            for add in program.builder.rejections
+        ],
         graphs=len(session.programs),
         flops=sum(program.builder.flops * len(program.bindings) for program in session.programs),
     )
@@ -216,7 +223,11 @@ def _stages(program: Program) -> Iterator[tuple[str, str, GraphModule]]:
     names = [site.name for site in program.bindings[0].sites] if program.bindings else []
     listed = ", ".join(names)
     yield "captured", "The graph as AOTAutograd captured it.", builder.captured
-    yield "guarded", f"The graph with a guard behind each site's output. Sites in order: {listed}.", builder.guarded
+    yield (
+        "guarded",
+        f"The graph with a guard behind each site's output. Sites in order: {listed}.",
+        builder.guarded,
+    )
     for index, (mask, graph) in enumerate(builder.graphs.items()):
         computed = [name for i, name in enumerate(names) if mask.compute >> i & 1]
         reused = [name for i, name in enumerate(names) if not mask.compute >> i & 1]

@@ -26,9 +26,7 @@ def _pyplot() -> Any:
     return plt
 
 
-def plot_errors(
-    calibration: Calibration, path: str | PathLike[str], *, alphas: tuple[float, ...] = ()
-) -> None:
+def plot_errors(calibration: Calibration, path: str | PathLike[str], *, alphas: tuple[float, ...] = ()) -> None:
     """Draw each group's error over the steps, a line per lag with its 95% interval; alphas as dashed lines."""
     plt = _pyplot()
     groups = list(calibration.groups)
@@ -36,13 +34,19 @@ def plot_errors(
         1, len(groups), figsize=(4.2 * len(groups), 3.4), sharey=True, squeeze=False, layout="constrained"
     )
     steps = np.arange(calibration.steps)
-    for axis, group in zip(axes[0], groups):
+    for axis, group in zip(axes[0], groups, strict=True):
         error, interval = calibration.error(group), calibration.interval(group)
         for lag in range(calibration.lags):
             colour = COLOURS[lag % len(COLOURS)]
             axis.plot(steps, error[lag], color=colour, label=f"{lag + 1} step{'s' if lag else ''} ago")
-            axis.fill_between(steps, error[lag] - interval[lag], error[lag] + interval[lag],
-                              color=colour, alpha=0.2, linewidth=0)
+            axis.fill_between(
+                steps,
+                error[lag] - interval[lag],
+                error[lag] + interval[lag],
+                color=colour,
+                alpha=0.2,
+                linewidth=0,
+            )
         for alpha in alphas:
             axis.axhline(alpha, color="0.4", linestyle="--", linewidth=0.8)
             axis.annotate(f"α = {alpha:g}", (steps[-1], alpha), ha="right", va="bottom", fontsize=7, color="0.3")
@@ -60,16 +64,26 @@ def plot_errors(
 def plot_schedules(schedules: Mapping[str, Schedule], path: str | PathLike[str]) -> None:
     """Draw schedules above each other, a row per selector: dark where computed, light where reused."""
     plt = _pyplot()
-    rows = [(f"{name}\n{selector}", row) for name, schedule in schedules.items()
-            for selector, row in schedule.compute.items()]
+    rows = [
+        (f"{name}\n{selector}", row)
+        for name, schedule in schedules.items()
+        for selector, row in schedule.compute.items()
+    ]
     if not rows:
         raise ValueError("there is no row to draw: no schedule selects anything")
     steps = max(len(row) for _, row in rows)
     figure, axis = plt.subplots(figsize=(8.5, 0.42 * len(rows) + 0.9), layout="constrained")
     for y, (_, row) in enumerate(rows):
         for step, computed in enumerate(row):
-            axis.add_patch(plt.Rectangle((step + 0.06, y + 0.12), 0.88, 0.76,
-                                         color=COLOURS[0] if computed else "#DDE3EA", linewidth=0))
+            axis.add_patch(
+                plt.Rectangle(
+                    (step + 0.06, y + 0.12),
+                    0.88,
+                    0.76,
+                    color=COLOURS[0] if computed else "#DDE3EA",
+                    linewidth=0,
+                )
+            )
         axis.text(steps + 0.6, y + 0.5, f"{sum(row)}/{len(row)}", va="center", fontsize=8)
     axis.set_xlim(0, steps + 3.5)
     axis.set_ylim(len(rows), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -57,9 +58,7 @@ class Recorder(Session):
         history_bytes: memory of the outputs kept at the same time, at most.
     """
 
-    def __init__(
-        self, root: torch.nn.Module, clock: Clock, lags: int, history_device: torch.device | None
-    ) -> None:
+    def __init__(self, root: torch.nn.Module, clock: Clock, lags: int, history_device: torch.device | None) -> None:
         super().__init__(Schedule(steps=1), inner_compiler("eager", None, None, None), clock, root)
         self.lags = lags
         self.history_device = history_device
@@ -89,7 +88,7 @@ class Recorder(Session):
             for i, outputs in enumerate(values)
         ]
         # One wait for the device per call, however many sites there are.
-        for site, (size, *distances) in zip(binding.sites, torch.stack(sums).tolist()):
+        for site, (size, *distances) in zip(binding.sites, torch.stack(sums).tolist(), strict=True):
             self._note(site, size, distances)
         kept = [[output.to(self.history_device or output.device) for output in outputs] for outputs in values]
         history.appendleft(kept)
@@ -214,7 +213,9 @@ def calibrate(
 def _whole_steps(lengths: list[int], calls_per_step: int, steps: int | None) -> int:
     """Steps of each trajectory, given how many calls each took."""
     if not lengths:
-        raise CalibrationError("sample did not call the model: it must run whole trajectories with the model it is given")
+        raise CalibrationError(
+            "sample did not call the model: it must run whole trajectories with the model it is given"
+        )
     expected = steps * calls_per_step if steps else lengths[0]
     if set(lengths) != {expected} or expected % calls_per_step:
         wanted = f"{expected} each" if steps else f"one multiple of calls_per_step ({calls_per_step}) for all"
@@ -236,11 +237,8 @@ def _progress_bar(show: bool) -> Any:
     return _NoProgress()
 
 
-class _NoProgress:
+class _NoProgress(contextlib.AbstractContextManager[Any]):
     """Stands where a progress bar would."""
-
-    def __enter__(self) -> _NoProgress:
-        return self
 
     def __exit__(self, *details: object) -> None:
         pass

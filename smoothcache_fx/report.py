@@ -54,8 +54,16 @@ class Report:
         rows = [("group", "kind", "sites", "computed", "reused", "reused %")]
         for group in self.groups:
             share = group.reused / max(1, group.computed + group.reused)
-            rows.append((group.group, group.kind, str(group.sites), str(group.computed), str(group.reused),
-                         f"{share:.0%}"))
+            rows.append(
+                (
+                    group.group,
+                    group.kind,
+                    str(group.sites),
+                    str(group.computed),
+                    str(group.reused),
+                    f"{share:.0%}",
+                )
+            )
         seconds = ", ".join(f"{value:.1f}" for value in self.compile_seconds) or "none"
         lines = [
             f"{self.calls} calls, {self.steps} steps, {self.trajectories} trajectories",

@@ -116,9 +116,7 @@ class Schedule:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the schedule as JSON, one line per row; `load` gives an equal schedule back."""
-        rows = [
-            f"    {json.dumps(key)}: {json.dumps(list(map(int, row)))}" for key, row in self.compute.items()
-        ]
+        rows = [f"    {json.dumps(key)}: {json.dumps(list(map(int, row)))}" for key, row in self.compute.items()]
         lines = [
             f'  "format": {json.dumps(FORMAT)}',
             f'  "version": {VERSION}',
@@ -183,8 +181,7 @@ def _glob(key: str) -> str:
     match = re.fullmatch(r"(\w+)(?:-(\w+))?", key)
     if match is None:
         raise ScheduleError(
-            f"key {key!r}: expected the name of a module, such as 'attn', or one with an index, "
-            f"such as 'attn-7'"
+            f"key {key!r}: expected the name of a module, such as 'attn', or one with an index, such as 'attn-7'"
         )
     name, index = match.groups()
     return f"*.{name}" if index is None else f"*.{index}.{name}"

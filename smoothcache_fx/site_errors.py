@@ -132,8 +132,7 @@ class SiteErrors:
             return NotImplemented
         mine = (self.name, self.group, self.kind, self.flops)
         return mine == (other.name, other.group, other.kind, other.flops) and all(
-            np.array_equal(here, there, equal_nan=True)
-            for here, there in zip(self.moments, other.moments, strict=True)
+            np.array_equal(here, there, equal_nan=True) for here, there in zip(self.moments, other.moments, strict=True)
         )
 
     def to_json(self) -> dict[str, Any]:

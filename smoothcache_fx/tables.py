@@ -11,8 +11,10 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     numeric = [all(row[i][:1].isdigit() for row in rows[1:]) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = (cell.rjust(width) if right else cell.ljust(width)
-                 for cell, width, right in zip(row, widths, numeric))
+        cells = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        )
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)

@@ -72,9 +72,7 @@ class Case:
         # diffusers' own `to` warns of a list of modules, even of an empty one.
         return nn.Module.to(randomize(self.make(), seed), dtype)
 
-    def inputs(
-        self, seed: int, dtype: torch.dtype, streams: int = 1
-    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    def inputs(self, seed: int, dtype: torch.dtype, streams: int = 1) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Initial noise, and the conditioning of each stream."""
         generator = Generator().manual_seed(seed)
         latents = self.latents(generator).to(dtype)
@@ -134,9 +132,7 @@ def group_of(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("#")[0].split("."))
 
 
-def random_rows(
-    names: Sequence[str], steps: int, seed: int, masks: int = 5
-) -> tuple[Schedule, dict[str, list[int]]]:
+def random_rows(names: Sequence[str], steps: int, seed: int, masks: int = 5) -> tuple[Schedule, dict[str, list[int]]]:
     """A schedule with a row of its own for each group, and one for a single site; and every site's row.
 
     At most ``masks`` distinct decisions are spread over the steps, so that each recurs, as in real schedules.

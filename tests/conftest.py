@@ -13,9 +13,7 @@ from hypothesis import HealthCheck, settings
 
 # CI must fail on the same example twice; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("default", derandomize=True, deadline=None)
-settings.register_profile(
-    "explore", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("explore", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # pytest listens to every logger that does not propagate. A listener on this one makes Dynamo trace all that it

@@ -161,8 +161,7 @@ class FlatBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
         self.up, self.gate, self.down = (
-            nn.Linear(i, o, bias=False)
-            for i, o in ((WIDTH, 3 * WIDTH), (WIDTH, 3 * WIDTH), (3 * WIDTH, WIDTH))
+            nn.Linear(i, o, bias=False) for i, o in ((WIDTH, 3 * WIDTH), (WIDTH, 3 * WIDTH), (3 * WIDTH, WIDTH))
         )
 
     def forward(self, x: Tensor, c: Tensor, text: Tensor) -> Tensor:

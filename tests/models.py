@@ -38,9 +38,7 @@ BATCH = 2
 # Written out in inline_dits.py
 
 
-def _inline(
-    name: str, make: Callable[[], nn.Module], branches: Mapping[str, Branch], shared_matmuls: int = 0
-) -> Case:
+def _inline(name: str, make: Callable[[], nn.Module], branches: Mapping[str, Branch], shared_matmuls: int = 0) -> Case:
     return Case(
         name,
         make,
@@ -166,9 +164,7 @@ def _call_flux(model: nn.Module, x: Tensor, t: float, c: Conditioning) -> Tensor
 
 DIT = Case(
     "diffusers_dit",
-    make=lambda: DiTTransformer2DModel(
-        **SIZES, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=LABELS
-    ),
+    make=lambda: DiTTransformer2DModel(**SIZES, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=LABELS),
     latents=_image,
     conditioning=lambda g: {"class_labels": torch.randint(LABELS, (BATCH,), generator=g)},
     call=lambda model, x, t, c: model(hidden_states=x, timestep=_timestep(t).long(), **c).sample,

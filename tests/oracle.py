@@ -41,9 +41,7 @@ class Oracle:
         calls: site name -> how often its module has really run.
     """
 
-    def __init__(
-        self, model: nn.Module, branches: Mapping[str, BranchLike], rows: Mapping[str, Sequence[int]]
-    ) -> None:
+    def __init__(self, model: nn.Module, branches: Mapping[str, BranchLike], rows: Mapping[str, Sequence[int]]) -> None:
         unknown = set(rows) - set(branches)
         if unknown:
             raise ValueError(f"rows for {sorted(unknown)}, but the branches are {sorted(branches)}")
@@ -88,10 +86,7 @@ class Oracle:
         finally:
             self._step = None
         missed = {
-            site
-            for name, calls in self._sites.items()
-            for call, site in calls.items()
-            if self._ordinals[name] <= call
+            site for name, calls in self._sites.items() for call, site in calls.items() if self._ordinals[name] <= call
         }
         if missed:
             raise RuntimeError(f"the model ran without a call of {sorted(missed)}")

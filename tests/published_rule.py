@@ -26,9 +26,7 @@ def published_scan(lists: Sequence[Sequence[float]], threshold: float, steps: in
     position = 0
     while position < steps:
         fitting = [
-            lag
-            for lag, values in enumerate(lists, start=1)
-            if position < len(values) and values[position] <= threshold
+            lag for lag, values in enumerate(lists, start=1) if position < len(values) and values[position] <= threshold
         ]
         skipped = max(fitting, default=0)
         for step in range(position + 1, min(position + skipped + 1, steps)):
@@ -62,7 +60,7 @@ class PublishedCalibration:
     def _record(self, name: str, output: torch.Tensor) -> None:
         output = output.detach().float()
         lists = self.lists.setdefault(name, [[] for _ in range(self.lags)])
-        for values, before in zip(lists, self._earlier[name], strict=False):
+        for values, before in zip(lists, self._earlier[name], strict=True):
             values.append(float((before - output).abs().sum() / output.abs().sum()))
         self._earlier[name].appendleft(output.clone())
 

@@ -106,16 +106,12 @@ class Attention(nn.Module):
             self.q = nn.Linear(WIDTH, WIDTH, bias=a.bias)
             self.k = nn.Linear(context_width, WIDTH, bias=a.bias)
             self.v = nn.Linear(context_width, WIDTH, bias=a.bias)
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(WIDTH // HEADS) if a.qk_norm else nn.Identity() for _ in range(2)
-        )
+        self.q_norm, self.k_norm = (nn.RMSNorm(WIDTH // HEADS) if a.qk_norm else nn.Identity() for _ in range(2))
         self.proj = nn.Linear(WIDTH, WIDTH, bias=a.bias)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         source = x if context is None else context
-        projected = (
-            self.qkv(x).chunk(3, dim=-1) if self.fused else (self.q(x), self.k(source), self.v(source))
-        )
+        projected = self.qkv(x).chunk(3, dim=-1) if self.fused else (self.q(x), self.k(source), self.v(source))
         query, key, value = (split_heads(tensor, HEADS) for tensor in projected)
         query, key = self.q_norm(query), self.k_norm(key)
         if self.a.explicit_attention:
@@ -165,9 +161,7 @@ class Block(nn.Module):
             x = x + term
         return x
 
-    def branch(
-        self, name: str, x: Tensor, text: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
-    ) -> Tensor:
+    def branch(self, name: str, x: Tensor, text: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         h = x.to(self.a.branch_dtype)
         if not self.a.post_norm:
             h = self.norms[name](h)

@@ -85,8 +85,12 @@ def test_a_block_called_twice_in_a_step_has_two_caches(broken):
                     torch._dynamo.graph_break()
             return x
 
-    rows = {"block.attn": [1, 0, 1, 0], "block.mlp": [1, 1, 0, 1], "block.attn#2": [1, 0, 0, 1],
-            "block.mlp#2": [1, 0, 1, 0]}
+    rows = {
+        "block.attn": [1, 0, 1, 0],
+        "block.mlp": [1, 1, 0, 1],
+        "block.attn#2": [1, 0, 0, 1],
+        "block.mlp#2": [1, 0, 1, 0],
+    }
     branches = {name: Branch(name.partition("#")[0], int("#2" in name)) for name in rows}
     model = check(*pair(Tied), branches, rows)
     names = {site.name for p in compiled_forward(model).session.programs for b in p.bindings for site in b.sites}
@@ -102,14 +106,14 @@ def test_one_compile_for_three_trajectories_and_a_variant_per_mask(dtype):
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
         for _ in range(3):
-            for step in range(steps):
+            for _step in range(steps):
                 x, c = inputs()
                 model(x.to(dtype), c.to(dtype))
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     report = smoothcache.report(model)
     assert report.graphs == 1 and report.calls == 36 and report.trajectories == 3
-    assert report.variants == len(set(zip(rows["attn"], rows["ffn"]))) == 4
+    assert report.variants == len(set(zip(rows["attn"], rows["ffn"], strict=True))) == 4
     assert not report.forced
 
 
@@ -128,10 +132,9 @@ def test_the_cache_stays_where_it_is():
 
 def test_caches_are_static_inputs_of_inductors_variants(monkeypatch):
     """Every cache's position, and those of the parameters, is among ``static_input_idxs``."""
-    from torch._inductor import compile_fx
-
-    from smoothcache_fx.passes.guard import CACHE
     from smoothcache_fx.passes.facts import WEIGHT
+    from smoothcache_fx.passes.guard import CACHE
+    from torch._inductor import compile_fx
 
     seen = []
     original = compile_fx.compile_fx_inner
@@ -156,21 +159,34 @@ def test_caches_are_static_inputs_of_inductors_variants(monkeypatch):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_changing_shapes_between_trajectories(backend, dynamic):
-    model = check(*pair(Stack), BRANCHES, ROWS, backend=backend, trajectories=5,
-                  sizes=((2, 6), (3, 8), (2, 9), (2, 6), (4, 5)), dynamic=dynamic)
+    model = check(
+        *pair(Stack),
+        BRANCHES,
+        ROWS,
+        backend=backend,
+        trajectories=5,
+        sizes=((2, 6), (3, 8), (2, 9), (2, 6), (4, 5)),
+        dynamic=dynamic,
+    )
     assert smoothcache.report(model).graphs <= 2
 
 
 @pytest.mark.slow
 def test_changing_shapes_under_inductor():
-    check(*pair(lambda: Stack(2)), BRANCHES, ROWS, backend="inductor", trajectories=3,
-          sizes=((2, 6), (3, 8), (2, 9)), dynamic=True)
+    check(
+        *pair(lambda: Stack(2)),
+        BRANCHES,
+        ROWS,
+        backend="inductor",
+        trajectories=3,
+        sizes=((2, 6), (3, 8), (2, 9)),
+        dynamic=True,
+    )
 
 
 def test_a_change_of_shape_within_a_trajectory_computes_anew():
     model, reference = pair(Stack)
-    smoothcache.compile(model, Schedule(4, {"attn": [1, 0, 0, 0], "ffn": [1, 0, 0, 0]}), backend="eager",
-                        dynamic=True)
+    smoothcache.compile(model, Schedule(4, {"attn": [1, 0, 0, 0], "ffn": [1, 0, 0, 0]}), backend="eager", dynamic=True)
     with torch.no_grad():
         model(*inputs(2, 6))
         x, c = inputs(2, 8)
@@ -295,10 +311,15 @@ def test_a_plain_compile_on_disk_does_not_stand_in_for_ours(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))
     paths = [path for path in sys.path if path]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
-                   "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *paths])}
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *paths]),
+    }
     for name in ("plain", "cached", "cached"):
-        done = subprocess.run([sys.executable, script, name], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, script, name], env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0 and "done" in done.stdout, f"{name}:\n{done.stdout}\n{done.stderr}"
 
 

@@ -72,9 +72,7 @@ def test_welford_is_the_mean_and_the_squared_deviations(values):
         site.add(2, 3, value)
     assert site.count.tolist() == [[0, 0, 0, 0], [0, 0, 0, len(values)]]
     assert site.mean[1, 3] == pytest.approx(np.mean(values), rel=1e-12)
-    assert site.m2[1, 3] == pytest.approx(
-        np.var(values) * len(values), rel=1e-9, abs=1e-18 + 1e-15 * max(values) ** 2
-    )
+    assert site.m2[1, 3] == pytest.approx(np.var(values) * len(values), rel=1e-9, abs=1e-18 + 1e-15 * max(values) ** 2)
     others = np.ones((2, 4), bool)
     others[1, 3] = False
     assert np.isnan(site.mean[others]).all() and (site.m2[others] == 0).all()
@@ -250,8 +248,7 @@ class Branches(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = torch.nn.ModuleList(
-            torch.nn.ModuleDict({"attn": torch.nn.Linear(16, 16), "mlp": torch.nn.Linear(16, 16)})
-            for _ in range(3)
+            torch.nn.ModuleDict({"attn": torch.nn.Linear(16, 16), "mlp": torch.nn.Linear(16, 16)}) for _ in range(3)
         )
 
     def forward(self, x: torch.Tensor, t: float) -> torch.Tensor:
@@ -269,9 +266,7 @@ def test_one_trajectory_measured_and_solved_as_published(steps, lags):
     outputs: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if name.endswith(("attn", "mlp")):
-            module.register_forward_hook(
-                lambda *call, name=name: outputs.setdefault(name, []).append(call[-1])
-            )
+            module.register_forward_hook(lambda *call, name=name: outputs.setdefault(name, []).append(call[-1]))
     x = torch.randn(2, 5, 16)
     published = PublishedCalibration(model, ["attn", "mlp"], lags, steps)
     with torch.no_grad(), published.recording():
@@ -370,9 +365,7 @@ def small() -> Calibration:
         filled(1, "blocks.1.attn"),
         filled(2, "blocks.0.mlp", trajectories=1),
     ]
-    return Calibration(
-        6, 2, sites, history_bytes=3 * 2**20, metadata={"model": "DiT", "sampler": ["ddim", 6]}
-    )
+    return Calibration(6, 2, sites, history_bytes=3 * 2**20, metadata={"model": "DiT", "sampler": ["ddim", 6]})
 
 
 def test_save_and_load_round_trip(tmp_path):
@@ -414,9 +407,7 @@ def test_merge():
     merged = first.merge(second)
     assert [site.name for site in merged.sites] == [site.name for site in first.sites]
     assert merged.sites[0].count[0, 1] == 6 and merged.sites[2].count[0, 1] == 2
-    assert np.allclose(
-        merged.error("blocks.*.attn"), first.error("blocks.*.attn"), rtol=1e-14, equal_nan=True
-    )
+    assert np.allclose(merged.error("blocks.*.attn"), first.error("blocks.*.attn"), rtol=1e-14, equal_nan=True)
     narrower = merged.interval("blocks.*.attn")[0, 1:] < first.interval("blocks.*.attn")[0, 1:]
     assert narrower.all()
     assert merged.history_bytes == 3 * 2**20 and merged.metadata == {"model": "DiT"}
@@ -441,9 +432,7 @@ def test_table():
 def test_an_error_that_is_no_number_names_site_and_step(value):
     site = filled(0)
     before = site.count.copy()
-    with pytest.raises(
-        CalibrationError, match=r"'blocks.0.attn' at step 5: .*since step 3 is .*NaN or infinity"
-    ):
+    with pytest.raises(CalibrationError, match=r"'blocks.0.attn' at step 5: .*since step 3 is .*NaN or infinity"):
         site.add(2, 5, value)
     assert np.array_equal(site.count, before)
 
@@ -475,9 +464,7 @@ def test_misuse_of_schedule(arguments, message):
 
 
 def test_unknown_groups():
-    with pytest.raises(
-        CalibrationError, match=r"no group 'attn'; this calibration has 'blocks\.\*\.attn', 'blocks"
-    ):
+    with pytest.raises(CalibrationError, match=r"no group 'attn'; this calibration has 'blocks\.\*\.attn', 'blocks"):
         small().error("attn")
     with pytest.raises(CalibrationError, match="no group"):
         small().interval("attn")
@@ -486,9 +473,7 @@ def test_unknown_groups():
 def test_calibrations_that_do_not_fit_cannot_be_merged():
     with pytest.raises(CalibrationError, match="6 steps and 2 lags with one of 7 steps and 2 lags"):
         small().merge(Calibration(7, 2, [filled(0, steps=7)]))
-    with pytest.raises(
-        CalibrationError, match=r"2 only in the first \(blocks.0.mlp, blocks.1.attn\), 1 only in the"
-    ):
+    with pytest.raises(CalibrationError, match=r"2 only in the first \(blocks.0.mlp, blocks.1.attn\), 1 only in the"):
         small().merge(Calibration(6, 2, [filled(0), filled(0, "blocks.0.ff")]))
     with pytest.raises(CalibrationError, match="merge with a Schedule"):
         small().merge(Schedule(6))

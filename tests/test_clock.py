@@ -81,7 +81,13 @@ def test_a_constant_timestep_says_nothing():
 
 
 def test_without_steps_a_trajectory_is_as_long_as_it_turns_out():
-    assert ticks(Clock(None), [3.0, 2.0, 1.0, 3.0, 2.0]) == [(0, 0, 0), (0, 1, 0), (0, 2, 0), (1, 0, 0), (1, 1, 0)]
+    assert ticks(Clock(None), [3.0, 2.0, 1.0, 3.0, 2.0]) == [
+        (0, 0, 0),
+        (0, 1, 0),
+        (0, 2, 0),
+        (1, 0, 0),
+        (1, 1, 0),
+    ]
 
 
 @pytest.mark.parametrize(

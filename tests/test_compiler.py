@@ -121,7 +121,7 @@ def test_two_models_of_one_class_do_not_share_anything():
     for _ in range(3):
         x, c = inputs()
         outputs = [model(x, c) for model in models]
-    for model, reference, output in zip(models, plain, outputs):
+    for model, reference, output in zip(models, plain, outputs, strict=True):
         assert smoothcache.report(model).calls == 3
         assert not torch.equal(output, reference(x, c))
         assert smoothcache.report(model).variants == 3

@@ -31,8 +31,14 @@ def test_explain_tells_groups_shapes_gates_work_and_memory(model):
     assert explanation.cache_bytes == 6 * 12 * 16 * 4
     assert sum(s.flops for s in explanation.sites) < explanation.flops
     text = str(explanation)
-    for part in ("Stack: 6 sites in 1 graph", "blocks.*.mlp", "[2, 1, 16]", "4.5 KiB of cache", "adds not taken",
-                 "neither operand is computed from the other"):
+    for part in (
+        "Stack: 6 sites in 1 graph",
+        "blocks.*.mlp",
+        "[2, 1, 16]",
+        "4.5 KiB of cache",
+        "adds not taken",
+        "neither operand is computed from the other",
+    ):
         assert part in text, part
 
 
@@ -96,7 +102,11 @@ def test_dump_writes_readable_python(model, tmp_path):
             model(*inputs())
     files = smoothcache.dump(model, tmp_path)
     names = [path.relative_to(tmp_path).as_posix() for path in files]
-    assert names == ["graph_0/captured.py", "graph_0/guarded.py", *(f"graph_0/variant_{i}.py" for i in range(3))]
+    assert names == [
+        "graph_0/captured.py",
+        "graph_0/guarded.py",
+        *(f"graph_0/variant_{i}.py" for i in range(3)),
+    ]
     texts = {path.stem: path.read_text() for path in files}
     for text in texts.values():
         compile(text, "dumped", "exec")

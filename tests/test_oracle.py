@@ -23,9 +23,7 @@ def oracle_trajectory(
     case: Case, dtype: torch.dtype, rows: dict[str, list[int]], steps: int = STEPS, streams: int = 1
 ) -> list[Tensor]:
     with Oracle(case.build(0, dtype), case.branches, rows) as oracle:
-        return run_trajectory(
-            case, oracle.model, steps=steps, seed=1, dtype=dtype, streams=streams, around=oracle.step
-        )
+        return run_trajectory(case, oracle.model, steps=steps, seed=1, dtype=dtype, streams=streams, around=oracle.step)
 
 
 @each_dtype
@@ -94,9 +92,7 @@ def test_reused_modules_do_not_run(case):
     _, rows = random_rows(list(case.branches), STEPS, seed=3)
     with Oracle(case.build(), case.branches, rows) as oracle:
         for seed in (1, 2):
-            run_trajectory(
-                case, oracle.model, steps=STEPS, seed=seed, dtype=torch.float32, around=oracle.step
-            )
+            run_trajectory(case, oracle.model, steps=STEPS, seed=seed, dtype=torch.float32, around=oracle.step)
     assert oracle.calls == {site: 2 * sum(row) for site, row in rows.items()}
 
 

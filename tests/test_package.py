@@ -76,9 +76,7 @@ def test_contents(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     top = {name.split("/")[0] for name in names}
-    assert top == {"smoothcache_fx", f"smoothcache_fx-{version()}.dist-info"}, (
-        "no top-level passes or kernels"
-    )
+    assert top == {"smoothcache_fx", f"smoothcache_fx-{version()}.dist-info"}, "no top-level passes or kernels"
     for folder, place in PACKAGES.items():
         for source in (ROOT / folder).rglob("*.py"):
             assert f"{place}/{source.relative_to(ROOT / folder).as_posix()}" in names

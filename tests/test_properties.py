@@ -237,9 +237,7 @@ class Sampler(RuleBasedStateMachine):
     @rule(rows=st.sampled_from(ROWS))
     def compile(self, rows: Rows) -> None:
         assert smoothcache.compile(self.model, Schedule(self.STEPS, rows), backend="eager") is self.model
-        followed = {
-            name: rows.get(name, rows.get(group_of(name), [1] * self.STEPS)) for name in self.CASE.branches
-        }
+        followed = {name: rows.get(name, rows.get(group_of(name), [1] * self.STEPS)) for name in self.CASE.branches}
         self.oracle = self.stack.enter_context(Oracle(self.reference, self.CASE.branches, followed))
         self.done = 0
 

@@ -81,7 +81,8 @@ def test_errors_are_those_of_the_branches_own_outputs(model):
             for step in range(lag, STEPS):
                 ratios = [
                     float((run[step] - run[step - lag]).abs().sum() / run[step].abs().sum())
-                    for name, all_runs in outputs.items() if name.endswith(suffix)
+                    for name, all_runs in outputs.items()
+                    if name.endswith(suffix)
                     for run in (all_runs[i * STEPS : (i + 1) * STEPS] for i in range(len(seeds)))
                 ]
                 expected[lag - 1, step] = np.mean(ratios)
@@ -136,7 +137,7 @@ def test_each_call_of_a_step_has_its_own_history(model):
 
     @torch.no_grad()
     def guided(model):
-        for step in range(4):
+        for _step in range(4):
             for scale in (1.0, 5.0):
                 model(torch.full((2, 6, 16), scale), torch.full((2,), 0.5))
 
@@ -150,7 +151,8 @@ def test_history_on_the_cpu_and_its_size(model):
     values = 4 * 2 * 6 * 16  # sites, batch, tokens, width
     assert calibration.history_bytes == 2 * values * 4
     assert calibration == calibrate(model, sample, lags=2) or np.allclose(
-        calibration.error("stack.blocks.*.attn")[0, 1:], calibrate(model, sample, lags=2).error("stack.blocks.*.attn")[0, 1:]
+        calibration.error("stack.blocks.*.attn")[0, 1:],
+        calibrate(model, sample, lags=2).error("stack.blocks.*.attn")[0, 1:],
     )
 
 

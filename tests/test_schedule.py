@@ -183,9 +183,7 @@ def test_last_compute_is_the_nearest_computed_step(decisions):
 def test_uniform_is_fora():
     schedule = Schedule.uniform(7, 3)
     assert schedule == Schedule(7, dict.fromkeys(KINDS, row("1001001")))
-    assert Schedule.uniform(6, 3, ["ffn"]) == Schedule(6, {"ffn": row("100100")}), (
-        "the last step is not forced"
-    )
+    assert Schedule.uniform(6, 3, ["ffn"]) == Schedule(6, {"ffn": row("100100")}), "the last step is not forced"
     assert Schedule.uniform(5, 1).compute_fraction == 1.0
 
 

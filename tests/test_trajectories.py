@@ -171,9 +171,7 @@ def guided(case: Case, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor]
     return actual, expected
 
 
-@pytest.mark.parametrize(
-    "name", ["adaln_zero", "cross_attention", "joint", "tied", "demo", "diffusers_pixart"]
-)
+@pytest.mark.parametrize("name", ["adaln_zero", "cross_attention", "joint", "tied", "demo", "diffusers_pixart"])
 def test_two_calls_a_step_keep_separate_caches(name):
     actual, expected = guided(CASES[name])
     assert_trajectories_close(actual, expected, tolerance(torch.float32), name)
@@ -204,9 +202,7 @@ def test_a_wrong_decision_would_be_seen(dtype):
     assert excess(actual[step], expected[step], tolerance(dtype)) > 1000
 
 
-@pytest.mark.parametrize(
-    "mode", [torch.enable_grad, torch.inference_mode], ids=["enable_grad", "inference_mode"]
-)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode], ids=["enable_grad", "inference_mode"])
 def test_trajectories_are_the_same_in_every_grad_mode(mode):
     case = CASES["cross_attention"]
     schedule, rows = schedule_for(case)

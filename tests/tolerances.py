@@ -52,21 +52,14 @@ def assert_trajectories_close(
         assert over <= 1, f"{what}: the output of call {call} is {over:.3g} times the tolerance {allowed} off"
 
 
-def rounding_ratios(
-    actual: Sequence[Tensor], expected: Sequence[Tensor], exact: Sequence[Tensor]
-) -> list[float]:
+def rounding_ratios(actual: Sequence[Tensor], expected: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     """Per call: the error of ``actual`` over that of ``expected``, against the float32 trajectory ``exact``."""
     for ours, theirs in zip(actual, expected, strict=True):
         _check_alike(ours, theirs)
-    return [
-        _rms(ours, true) / _rms(theirs, true)
-        for ours, theirs, true in zip(actual, expected, exact, strict=True)
-    ]
+    return [_rms(ours, true) / _rms(theirs, true) for ours, theirs, true in zip(actual, expected, exact, strict=True)]
 
 
-def assert_as_exact(
-    actual: Sequence[Tensor], expected: Sequence[Tensor], exact: Sequence[Tensor], what: str
-) -> None:
+def assert_as_exact(actual: Sequence[Tensor], expected: Sequence[Tensor], exact: Sequence[Tensor], what: str) -> None:
     """``actual`` is about as near to the float32 trajectory as the oracle's in its own dtype is."""
     ratios = rounding_ratios(actual, expected, exact)
     assert all(ratio <= ROUNDING for ratio in ratios), f"{what}: errors over the oracle's by call: {ratios}"

@@ -32,8 +32,6 @@ def load_digits() -> Digits:
     images = (pixels / 8.0 - 1.0).astype(np.float32).reshape(-1, 1, 8, 8)
     images, held_out_images, labels, held_out_labels = (
         torch.from_numpy(np.ascontiguousarray(part))
-        for part in selection.train_test_split(
-            images, labels, test_size=HELD_OUT, random_state=SEED, stratify=labels
-        )
+        for part in selection.train_test_split(images, labels, test_size=HELD_OUT, random_state=SEED, stratify=labels)
     )
     return Digits(images, labels.long(), held_out_images, held_out_labels.long())

@@ -195,9 +195,7 @@ class DiT(nn.Module):
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"x must be [batch, {', '.join(map(str, expected))}], got {list(x.shape)}")
         if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
-            raise ValueError(
-                f"t and y must be [batch], here [{len(x)}], got {list(t.shape)} and {list(y.shape)}"
-            )
+            raise ValueError(f"t and y must be [batch], here [{len(x)}], got {list(t.shape)} and {list(y.shape)}")
         if not t.is_floating_point():
             raise ValueError(f"t must be floating point, from 0 to 1, got {t.dtype}; scale it, as a float")
         c = self.t_embedder(t) + self.y_embedder(y)

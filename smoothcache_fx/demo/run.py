@@ -114,8 +114,10 @@ def run_demo(
     rows = _rows(configurations)
     floor = real_frechet_distance(batches * BATCH)
     say("\n" + table(rows))
-    say(f"{batches * BATCH} images each; Frechet distance of real digits to held-out real digits {floor:.3f}; "
-        f"the classifier recognises {classifier.held_out_accuracy:.1%} of held-out real digits.")
+    say(
+        f"{batches * BATCH} images each; Frechet distance of real digits to held-out real digits {floor:.3f}; "
+        f"the classifier recognises {classifier.held_out_accuracy:.1%} of held-out real digits."
+    )
     _write(output, rows, floor, classifier.held_out_accuracy, batches * BATCH, table(rows))
     _pictures(output, configurations, calibration, schedules)
     say(f"Pictures, schedules and figures are in {output}/")
@@ -146,8 +148,9 @@ def _configurations(
             computed = " ".join(str(sum(row)) for row in schedule.compute.values())
             made.append(Configuration(f"alpha {alpha:g}", steps, _sampler(cached, steps), computed, ratio))
             count = max(1, round(steps / ratio))
-            fewer.append(Configuration(f"{count} steps", count, _sampler(plain, count), f"{count} {count}",
-                                       steps / count))
+            fewer.append(
+                Configuration(f"{count} steps", count, _sampler(plain, count), f"{count} {count}", steps / count)
+            )
             bar.update()
     return made + list({configuration.name: configuration for configuration in fewer}.values())
 
@@ -176,22 +179,47 @@ def _rows(configurations: list[Configuration]) -> list[Row]:
     by_name = {configuration.name: configuration for configuration in configurations}
 
     def speedup(base: str, configuration: Configuration) -> float:
-        pairs = zip(by_name[base].seconds, configuration.seconds)
+        pairs = zip(by_name[base].seconds, configuration.seconds, strict=True)
         return statistics.median(slow / fast for slow, fast in pairs)
 
     return [
-        Row(c.name, c.steps, c.computed, c.mac_ratio, speedup("torch.compile", c), speedup("eager", c),
-            c.accuracy, c.distance)
+        Row(
+            c.name,
+            c.steps,
+            c.computed,
+            c.mac_ratio,
+            speedup("torch.compile", c),
+            speedup("eager", c),
+            c.accuracy,
+            c.distance,
+        )
         for c in configurations
     ]
 
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    heading = ("", "steps", "computed attn ffn", "MAC ratio", "x torch.compile", "x eager", "recognised", "Frechet")
+    heading = (
+        "",
+        "steps",
+        "computed attn ffn",
+        "MAC ratio",
+        "x torch.compile",
+        "x eager",
+        "recognised",
+        "Frechet",
+    )
     body = [
-        (row.name, str(row.steps), row.computed, f"{row.mac_ratio:.2f}", f"{row.speedup_over_compile:.2f}",
-         f"{row.speedup_over_eager:.2f}", f"{row.accuracy:.1%}", f"{row.frechet_distance:.3f}")
+        (
+            row.name,
+            str(row.steps),
+            row.computed,
+            f"{row.mac_ratio:.2f}",
+            f"{row.speedup_over_compile:.2f}",
+            f"{row.speedup_over_eager:.2f}",
+            f"{row.accuracy:.1%}",
+            f"{row.frechet_distance:.3f}",
+        )
         for row in rows
     ]
     return format_table([heading, *body])
@@ -211,7 +239,10 @@ def _write(output: Path, rows: list[Row], floor: float, held_out: float, samples
 
 
 def _pictures(
-    output: Path, configurations: list[Configuration], calibration: Calibration, schedules: dict[float, Schedule]
+    output: Path,
+    configurations: list[Configuration],
+    calibration: Calibration,
+    schedules: dict[float, Schedule],
 ) -> None:
     plot_errors(calibration, output / "errors.png", alphas=tuple(schedules))
     plot_schedules({f"alpha {alpha:g}": schedule for alpha, schedule in schedules.items()}, output / "schedules.png")
@@ -223,11 +254,22 @@ def plot_samples(images: dict[str, Tensor], path: Path) -> None:
     """One row of pictures per entry, ``[n, 1, size, size]`` in [-1, 1]; the same column has the same seed."""
     plt = require("matplotlib.pyplot")
     columns = max(len(row) for row in images.values())
-    figure, axes = plt.subplots(len(images), columns, figsize=(0.42 * columns + 1.3, 0.46 * len(images)),
-                                squeeze=False, gridspec_kw={"wspace": 0.08, "hspace": 0.08, "left": 0.13,
-                                                            "right": 0.995, "top": 0.99, "bottom": 0.01})
-    for line, (name, row) in zip(axes, images.items()):
-        for axis, image in zip(line, row):
+    figure, axes = plt.subplots(
+        len(images),
+        columns,
+        figsize=(0.42 * columns + 1.3, 0.46 * len(images)),
+        squeeze=False,
+        gridspec_kw={
+            "wspace": 0.08,
+            "hspace": 0.08,
+            "left": 0.13,
+            "right": 0.995,
+            "top": 0.99,
+            "bottom": 0.01,
+        },
+    )
+    for line, (name, row) in zip(axes, images.items(), strict=True):
+        for axis, image in zip(line, row, strict=True):
             axis.imshow(image[0].clamp(-1, 1), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         for axis in line:
             axis.axis("off")

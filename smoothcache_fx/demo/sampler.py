@@ -26,9 +26,7 @@ def check_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
     """The labels as int64 ``[n]``; raises ValueError unless they are whole numbers below ``num_classes``."""
     labels = torch.as_tensor(labels)
     if labels.ndim != 1 or len(labels) == 0 or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"labels must be integers [n], one for each image, got {labels.dtype} {list(labels.shape)}"
-        )
+        raise ValueError(f"labels must be integers [n], one for each image, got {labels.dtype} {list(labels.shape)}")
     wrong = labels[(labels < 0) | (labels >= num_classes)].unique().tolist()
     if wrong:
         raise ValueError(f"labels must be from 0 to {num_classes - 1}, the model's classes; got {wrong}")

@@ -110,9 +110,7 @@ def evaluate(model: DiT, count: int = 500) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="at its peak")
@@ -122,9 +120,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     torch.set_num_threads(arguments.threads)
-    evaluate(
-        train(arguments.steps, arguments.batch, arguments.learning_rate, arguments.seed, arguments.output)
-    )
+    evaluate(train(arguments.steps, arguments.batch, arguments.learning_rate, arguments.seed, arguments.output))
 
 
 if __name__ == "__main__":

@@ -153,9 +153,7 @@ def test_wrong_labels_are_refused_before_the_model_runs(labels, message):
         sample(model, labels)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"), [({"steps": 0}, "steps.*got 0"), ({"seed": -1}, "seed.*got -1")]
-)
+@pytest.mark.parametrize(("arguments", "message"), [({"steps": 0}, "steps.*got 0"), ({"seed": -1}, "seed.*got -1")])
 def test_steps_and_seed_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         sample(small(), [1], **arguments)
@@ -165,9 +163,7 @@ def test_sampling_takes_euler_steps_with_one_call_each():
     model = small()
     labels, steps, seen, calls = torch.tensor([7, 0]), 4, [], []
     handle = model.register_forward_pre_hook(lambda module, args: calls.append(args))
-    images = sample(
-        model, labels, steps=steps, cfg_scale=2.0, seed=5, step_callback=lambda *step: seen.append(step)
-    )
+    images = sample(model, labels, steps=steps, cfg_scale=2.0, seed=5, step_callback=lambda *step: seen.append(step))
     handle.remove()
     assert len(calls) == steps
     x = initial_noise(2, (1, 8, 8), seed=5)
@@ -302,9 +298,7 @@ def test_frechet_distance_of_gaussians_is_their_closed_form(monkeypatch):
     basis = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64))[0] * 8
     centred = torch.cat((basis, -basis))
     deviation = centred.std(dim=0)
-    monkeypatch.setattr(
-        "smoothcache_fx.demo.metrics.features", lambda images: images.flatten(1).double().numpy()
-    )
+    monkeypatch.setattr("smoothcache_fx.demo.metrics.features", lambda images: images.flatten(1).double().numpy())
     a, b = (centred * 3 + 1).view(-1, 1, 8, 8), (centred * 1 - 2).view(-1, 1, 8, 8)
     expected = 64 * 3**2 + float((2 * deviation).square().sum())
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)

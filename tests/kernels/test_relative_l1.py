@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from smoothcache_fx.kernels import relative_l1
 
 
@@ -21,7 +20,10 @@ def test_it_is_the_sums_of_absolute_differences(shape, lags, dtype, seed):
     fresh, *earlier = (torch.randn(shape, generator=generator).to(dtype) for _ in range(lags + 1))
     sums = relative_l1(fresh, earlier)
     assert sums.dtype == torch.float64 and sums.shape == (lags + 1,)
-    exact = [fresh.double().abs().sum(), *((fresh.double() - other.double()).abs().sum() for other in earlier)]
+    exact = [
+        fresh.double().abs().sum(),
+        *((fresh.double() - other.double()).abs().sum() for other in earlier),
+    ]
     torch.testing.assert_close(sums, torch.stack(exact), rtol=1e-6, atol=0)
 
 

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
-
-from capture import Block, Stack, capture, inputs
-from models import CASES
 from smoothcache_fx.passes import count_flops, insert_guards, run_guarded, specialize
 from smoothcache_fx.passes.facts import MATMULS, is_attention_op, packet
 from smoothcache_fx.passes.guard import CACHE, guards, placeholders
 from smoothcache_fx.passes.specialize import variant_inputs
+
+from capture import Block, Stack, capture, inputs
+from models import CASES
 
 
 @pytest.fixture
@@ -23,9 +23,7 @@ def program():
 
 def arguments(program, model_inputs):
     """Values for the captured graph's placeholders: the model's parameters, and fresh inputs for the rest."""
-    return [
-        torch.randn(node.meta["val"].shape) for node in placeholders(program.builder.captured.graph)
-    ]
+    return [torch.randn(node.meta["val"].shape) for node in placeholders(program.builder.captured.graph)]
 
 
 def new_caches(guarded):
@@ -55,7 +53,7 @@ def test_the_guarded_graph_computes_and_stores_or_reads(program):
     assert torch.equal(again[0], plain[0]), "reading what the same inputs have stored changes nothing"
     other = arguments(program, inputs())
     run_guarded(guarded, other, caches, [True, False, False, True])
-    assert [torch.equal(new, old) for new, old in zip(caches, kept)] == [False, True, True, False]
+    assert [torch.equal(new, old) for new, old in zip(caches, kept, strict=True)] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=4)))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-from capture import Attention, Block, Stack, capture, inputs
-from models import CASES
 from smoothcache_fx.passes import analyze, find_sites
 from smoothcache_fx.passes.facts import MATMULS, packet
 from smoothcache_fx.passes.names import common_module, group_of, unique_names
 from smoothcache_fx.passes.sites import only_needed_by
+from torch import nn
+
+from capture import Attention, Block, Stack, capture, inputs
+from models import CASES
 
 
 def sites_of(model: nn.Module, *args: torch.Tensor, backend: str = "eager"):
@@ -94,9 +94,7 @@ def test_the_same_sites_are_found_in_inductors_graph(name):
                 case.call(Captured(), latents, 1.0, conditioning)
         torch._dynamo.reset()
         found[backend] = [
-            (site.name, site.kind, len(site.outputs))
-            for program in programs
-            for site in program.builder.sites
+            (site.name, site.kind, len(site.outputs)) for program in programs for site in program.builder.sites
         ]
     assert found["inductor"] == found["eager"]
 

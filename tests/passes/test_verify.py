@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from capture import Stack, capture, inputs
 from smoothcache_fx.passes import GraphError, check_graph, insert_guards, specialize
 from smoothcache_fx.passes.guard import CACHE, guards, placeholders
+
+from capture import Stack, capture, inputs
 
 aten = torch.ops.aten
 
