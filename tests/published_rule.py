@@ -60,7 +60,7 @@ class PublishedCalibration:
     def _record(self, name: str, output: torch.Tensor) -> None:
         output = output.detach().float()
         lists = self.lists.setdefault(name, [[] for _ in range(self.lags)])
-        for values, before in zip(lists, self._earlier[name], strict=True):
+        for values, before in zip(lists, self._earlier[name], strict=False):
             values.append(float((before - output).abs().sum() / output.abs().sum()))
         self._earlier[name].appendleft(output.clone())
 
