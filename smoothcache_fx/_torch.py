@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,10 +26,29 @@ InnerCompile = Callable[..., Any]
 
 
 def dynamo_compile(forward: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``torch.compile`` whose recompiles count for this call alone, where the installed torch can do that."""
+    """``torch.compile`` whose recompiles count for this call alone: many models of a class do not exhaust the limit."""
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
+    else:
+        forward = _with_own_code(forward)  # torch 2.11: Dynamo counts per code object
     return torch.compile(forward, backend=backend, **options)
+
+
+def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The function or bound method with a copy of its code object."""
+    function = getattr(forward, "__func__", forward)
+    if not isinstance(function, types.FunctionType):
+        return forward
+    copy = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__dict__.update(function.__dict__)
+    return types.MethodType(copy, forward.__self__) if hasattr(forward, "__self__") else copy
 
 
 def named_backend(name: str) -> Callable[..., Any]:

@@ -78,6 +78,7 @@ class Program:
         if place is None:
             place = self._places[key] = _Place()
         serial = self.session.clock.serial
+        self.session.ran_at = serial
         call = place.calls if place.serial == serial else 0
         place.serial, place.calls = serial, call + 1
         if call == len(place.bindings):
@@ -128,6 +129,8 @@ class Session:
         self.inner = inner
         self.clock = clock
         self.programs: list[Program] = []
+        #: The clock's serial of the last call in which any program ran.
+        self.ran_at = 0
         self._root = root
 
     def weight_names(self) -> dict[int, str]:

@@ -30,6 +30,7 @@ class CompiledForward:
         original: its own forward, uncompiled.
         session: programs, schedule and clock.
         enabled: whether calls are cached and compiled; ``disabled(model)`` clears it for a while.
+        calls, uncompiled_calls: how many there were, and how many of them Dynamo declined to compile.
     """
 
     def __init__(self, model: torch.nn.Module, session: Session, compiled: Callable[..., Any]) -> None:
@@ -39,6 +40,7 @@ class CompiledForward:
         self.session = session
         self.enabled = True
         self.calls = 0
+        self.uncompiled_calls = 0
         self._compiled = compiled
         self._timestep = TimestepReader(self.original)
         self._checked_programs = 0
@@ -59,7 +61,18 @@ class CompiledForward:
             clock.abandon()
             raise
         self.calls += 1
+        if self.session.ran_at != clock.serial:
+            self._note_uncompiled_call()
         return output
+
+    def _note_uncompiled_call(self) -> None:
+        if not self.uncompiled_calls:
+            log.warning(
+                "Dynamo ran %s uncompiled and so uncached, most likely since it hit its recompile limit: see "
+                "TORCH_LOGS=recompiles for what changes between calls, or raise torch._dynamo.config.recompile_limit",
+                type(self.model).__name__,
+            )
+        self.uncompiled_calls += 1
 
     def _check_sites(self) -> None:
         """After the first call every graph of the model is known: does the schedule fit it?"""

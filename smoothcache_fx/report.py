@@ -33,6 +33,7 @@ class Report:
         variants: number of variants compiled, over all graphs.
         compile_seconds: time that the inner compiler took for each.
         graphs: graphs that the model was captured as; more than one means graph breaks or recompiles.
+        uncompiled_calls: calls that Dynamo ran uncompiled, and so uncached.
         forced: site calls that were computed although the schedule said reuse, by reason.
         cache_bytes: cache buffers of all streams.
         mac_ratio: FLOPs of the same calls uncached over FLOPs of those that were run, counted on the variants'
@@ -46,6 +47,7 @@ class Report:
     variants: int
     compile_seconds: list[float]
     graphs: int
+    uncompiled_calls: int = 0
     forced: Counter[str] = field(default_factory=Counter)
     cache_bytes: int = 0
     mac_ratio: float = 1.0
@@ -71,6 +73,8 @@ class Report:
             f"MAC ratio {self.mac_ratio:.2f}, caches {format_bytes(self.cache_bytes)}",
             f"{self.graphs} graph{'s' if self.graphs != 1 else ''}, {self.variants} variants, compiled in {seconds} s",
         ]
+        if self.uncompiled_calls:
+            lines.append(f"{self.uncompiled_calls} calls ran uncompiled and uncached: Dynamo hit its recompile limit")
         if self.forced:
             lines.append("computed beyond the schedule:")
             lines.extend(f"  {count} site calls: {reason}" for reason, count in self.forced.items())
@@ -106,6 +110,7 @@ def report(model: torch.nn.Module) -> Report:
         variants=len(seconds),
         compile_seconds=seconds,
         graphs=len(session.programs),
+        uncompiled_calls=forward.uncompiled_calls,
         forced=forced,
         cache_bytes=cache_bytes,
         mac_ratio=uncached / done if done else 1.0,

@@ -16,8 +16,8 @@ settings.register_profile("default", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# pytest listens to every logger that does not propagate. A listener on this one makes Dynamo trace all that it
-# does, which takes time and fills the report of a failure with thousands of lines.
+# pytest listens to every logger that does not propagate. A listener on this one makes Dynamo trace all that
+# it does, which takes time and fills the report of a failure with thousands of lines.
 logging.getLogger("torch.__trace").propagate = True
 
 torch.set_num_threads(min(2, torch.get_num_threads()))

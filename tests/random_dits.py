@@ -35,8 +35,8 @@ class Architecture:
         post_norm: the norm is behind the branch instead of before it.
         parallel: all branches read the block's input.
         cross: whether there is cross-attention.
-        modulation: what scales and shifts the norms: ``none``, values that each block computes (``per_block``),
-            or values computed once, to which each block adds a table (``shared``).
+        modulation: what scales and shifts the norms: ``none``, values that each block computes
+            (``per_block``), or values computed once, to which each block adds a table (``shared``).
         fused_qkv: one projection for queries, keys and values.
         explicit_attention: softmax(QK^T)V in matmuls.
         qk_norm: queries and keys are normalised.

@@ -127,6 +127,17 @@ def test_two_models_of_one_class_do_not_share_anything():
         assert smoothcache.report(model).variants == 3
 
 
+def test_a_call_that_dynamo_does_not_compile_is_told(model, caplog):
+    smoothcache.compile(model, SCHEDULE, backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        model(*inputs(2))
+        model(*inputs(3))
+        model(*inputs(4))
+    report = smoothcache.report(model)
+    assert report.uncompiled_calls == 2 and "2 calls ran uncompiled and uncached" in str(report)
+    assert sum("ran Stack uncompiled and so uncached" in record.message for record in caplog.records) == 1
+
+
 # Bad input.
 
 
