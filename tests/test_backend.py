@@ -130,25 +130,41 @@ def test_the_cache_stays_where_it_is():
     assert len(addresses) == 1
 
 
-def test_caches_are_static_inputs_of_inductors_variants(monkeypatch):
-    """Every cache's position, and those of the parameters, is among ``static_input_idxs``."""
+@pytest.mark.parametrize("backend", ["eager_noexcept", "aot_eager_decomp_partition"])
+def test_other_names_that_dynamo_lists_are_inner_compilers_too(backend):
+    assert backend in torch._dynamo.list_backends(None)
+    check(*pair(Stack), BRANCHES, ROWS, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "setting"),
+    [
+        ({}, {}),
+        ({"mode": "reduce-overhead"}, {"triton.cudagraphs": True}),
+        ({"options": {"epilogue_fusion": False}}, {"epilogue_fusion": False}),
+    ],
+    ids=["default", "mode", "options"],
+)
+def test_caches_are_static_inputs_and_mode_and_options_reach_every_variant(monkeypatch, arguments, setting):
+    """The positions of caches and parameters are among ``static_input_idxs``, also in variants compiled later."""
     from smoothcache_fx.passes.facts import WEIGHT
     from smoothcache_fx.passes.guard import CACHE
     from torch._inductor import compile_fx
+    from torch._inductor import config as inductor_config
 
     seen = []
-    original = compile_fx.compile_fx_inner
 
     def spy(gm, example_inputs, **settings):
         holders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         caches = {i for i, node in enumerate(holders) if CACHE in node.meta}
         weights = {i for i, node in enumerate(holders) if WEIGHT in node.meta}
         seen.append((set(settings["static_input_idxs"]), caches, weights))
-        return original(gm, example_inputs, **settings)
+        assert {name: inductor_config.get_config_copy()[name] for name in setting} == setting
+        return lambda values: gm(*values)  # what matters here comes before Inductor's code generation
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", spy)
     model = randomize(Stack(1), 0).eval()
-    smoothcache.compile(model, Schedule(2, {"attn": [1, 0], "ffn": [1, 0]}))
+    smoothcache.compile(model, Schedule(2, {"attn": [1, 0], "ffn": [1, 0]}), **arguments)
     with torch.no_grad():
         model(*inputs()), model(*inputs())
     assert len(seen) == 2
