@@ -9,8 +9,8 @@ from pathlib import Path
 
 from .errors import SmoothCacheError
 
-#: Thresholds of the demo's schedules, from hardly cached to a third of the compute.
-DEMO_ALPHAS = (0.1, 0.2, 0.35)
+#: Thresholds of the demo's schedules, which compute about a half to a third of the branches' FLOPs.
+DEMO_ALPHAS = (0.08, 0.12, 0.18)
 
 
 def parser() -> argparse.ArgumentParser:
