@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         "same seeds uncached and cached, and prints and writes what it measured.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--samples", type=int, default=300, help="images per configuration, in batches of 100")
+    demo.add_argument("--samples", type=int, default=100, help="images per configuration, in batches of 50")
     demo.add_argument(
         "--alphas",
         type=float,

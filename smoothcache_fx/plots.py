@@ -15,24 +15,20 @@ from .schedule import Schedule
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def _pyplot() -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of so many inches that no window or notebook knows of."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "smoothcache_fx[plot]"') from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_errors(calibration: Calibration, path: str | PathLike[str], *, alphas: tuple[float, ...] = ()) -> None:
     """Draw each group's error over the steps, a line per lag with its 95% interval; alphas as dashed lines."""
-    plt = _pyplot()
     groups = list(calibration.groups)
-    figure, axes = plt.subplots(
-        1, len(groups), figsize=(4.2 * len(groups), 3.4), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = new_figure(4.2 * len(groups), 3.4)
+    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)
     steps = np.arange(calibration.steps)
     for axis, group in zip(axes[0], groups, strict=True):
         error, interval = calibration.error(group), calibration.interval(group)
@@ -49,7 +45,15 @@ def plot_errors(calibration: Calibration, path: str | PathLike[str], *, alphas: 
             )
         for alpha in alphas:
             axis.axhline(alpha, color="0.4", linestyle="--", linewidth=0.8)
-            axis.annotate(f"α = {alpha:g}", (steps[-1], alpha), ha="right", va="bottom", fontsize=7, color="0.3")
+            axis.text(
+                1.01,
+                alpha,
+                f"α = {alpha:g}",
+                transform=axis.get_yaxis_transform(),
+                va="center",
+                fontsize=7,
+                color="0.3",
+            )
         kinds = "/".join(dict.fromkeys(site.kind for site in calibration.groups[group]))
         axis.set_title(f"{group} ({kinds})", fontsize=10)
         axis.set_xlabel("denoising step")
@@ -58,12 +62,10 @@ def plot_errors(calibration: Calibration, path: str | PathLike[str], *, alphas: 
     axes[0][0].set_ylabel("relative L1 error of reuse")
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def plot_schedules(schedules: Mapping[str, Schedule], path: str | PathLike[str]) -> None:
     """Draw schedules above each other, a row per selector: dark where computed, light where reused."""
-    plt = _pyplot()
     rows = [
         (f"{name}\n{selector}", row)
         for name, schedule in schedules.items()
@@ -72,26 +74,18 @@ def plot_schedules(schedules: Mapping[str, Schedule], path: str | PathLike[str])
     if not rows:
         raise ValueError("there is no row to draw: no schedule selects anything")
     steps = max(len(row) for _, row in rows)
-    figure, axis = plt.subplots(figsize=(8.5, 0.42 * len(rows) + 0.9), layout="constrained")
+    figure = new_figure(8.5, 0.42 * len(rows) + 0.9)
+    axis = figure.subplots()
     for y, (_, row) in enumerate(rows):
         for step, computed in enumerate(row):
-            axis.add_patch(
-                plt.Rectangle(
-                    (step + 0.06, y + 0.12),
-                    0.88,
-                    0.76,
-                    color=COLOURS[0] if computed else "#DDE3EA",
-                    linewidth=0,
-                )
-            )
+            axis.barh(y + 0.5, 0.88, left=step + 0.06, height=0.76, color=COLOURS[0] if computed else "#DDE3EA")
         axis.text(steps + 0.6, y + 0.5, f"{sum(row)}/{len(row)}", va="center", fontsize=8)
     axis.set_xlim(0, steps + 3.5)
     axis.set_ylim(len(rows), 0)
     axis.set_yticks([y + 0.5 for y in range(len(rows))], [label for label, _ in rows], fontsize=8)
-    axis.set_xticks(np.arange(0, steps + 1, 5))
+    axis.set_xticks(np.arange(0, steps, 5) + 0.5, [str(step) for step in range(0, steps, 5)])
     axis.set_xlabel("denoising step (dark: computed, light: reused)")
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.tick_params(left=False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned columns, the first row a heading; numbers to the right, words to the left."""
+    """Rows of cells as aligned columns, the first row a heading; numbers, and - for none, to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    numeric = [all(row[i][:1].isdigit() for row in rows[1:]) for i in range(len(rows[0]))]
+    numeric = [all(row[i][:1].isdigit() or row[i] == "-" for row in rows[1:]) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = (

@@ -46,20 +46,21 @@ def schedules(draw: st.DrawFn, branches: Mapping[str, Branch]) -> tuple[Schedule
     return Schedule(steps, compute), followed
 
 
-@settings(max_examples=EXAMPLES * 2 // 5)
-@given(data=st.data(), architecture=architectures)
-def test_every_dit_follows_every_schedule(architecture, data):
+@settings(max_examples=EXAMPLES * 3 // 10)
+@given(data=st.data(), architecture=architectures, streams=st.integers(1, 2))
+def test_every_dit_follows_every_schedule(architecture, streams, data):
     case = random_case(architecture)
     schedule, followed = data.draw(schedules(case.branches), label="schedule")
-    check(case, schedule, followed)
+    check(case, schedule, followed, streams)
 
 
-def check(case: Case, schedule: Schedule, followed: Rows) -> None:
+def check(case: Case, schedule: Schedule, followed: Rows, streams: int = 1) -> None:
     torch._dynamo.reset()
-    compiled = smoothcache.compile(randomize(case.make(), 0), schedule, backend="eager")
+    model = randomize(case.make(), 0)
+    compiled = smoothcache.compile(model, schedule, backend="eager", calls_per_step=streams)
     with Oracle(randomize(case.make(), 0), case.branches, followed) as oracle:
         for seed in (1, 2):
-            run = {"steps": schedule.steps, "seed": seed, "dtype": torch.float32}
+            run = {"steps": schedule.steps, "seed": seed, "dtype": torch.float32, "streams": streams}
             expected = run_trajectory(case, oracle.model, around=oracle.step, **run)
             actual = run_trajectory(case, compiled, **run)
             assert_trajectories_close(actual, expected, ALLOWED, f"trajectory {seed}")
@@ -210,12 +211,13 @@ class Sampler(RuleBasedStateMachine):
         {},
     )
 
-    @initialize()
-    def build(self) -> None:
+    @initialize(rows=st.sampled_from(ROWS))
+    def build(self, rows: Rows) -> None:
         self.model, self.plain, self.reference = (self.CASE.build() for _ in range(3))
         self.stack = contextlib.ExitStack()
         self.oracle: Oracle | None = None
         self.calls = self.done = 0
+        self.compile(rows)
 
     def teardown(self) -> None:
         if hasattr(self, "stack"):
@@ -242,7 +244,7 @@ class Sampler(RuleBasedStateMachine):
         self.done = 0
 
     @compiled
-    @rule(steps=st.integers(1, 6))
+    @rule(steps=st.integers(1, STEPS - 1))
     def sample(self, steps: int) -> None:
         for _ in range(steps):
             self.done %= self.STEPS
@@ -253,10 +255,11 @@ class Sampler(RuleBasedStateMachine):
             self.done += 1
 
     @compiled
-    @rule()
-    def reset(self) -> None:
+    @rule(steps=st.integers(1, STEPS))
+    def reset(self, steps: int) -> None:
         smoothcache.reset(self.model)
         self.done = 0
+        self.sample(steps)
 
     @compiled
     @rule()
@@ -264,6 +267,7 @@ class Sampler(RuleBasedStateMachine):
         with smoothcache.disabled(self.model), torch.no_grad():
             output = self.call(self.model, 0.3, 0)
             assert torch.equal(output, self.call(self.plain, 0.3, 0))
+        self.sample(1)
 
     @compiled
     @rule()
@@ -326,7 +330,7 @@ class Sampler(RuleBasedStateMachine):
 
 
 TestSampler = Sampler.TestCase
-TestSampler.settings = settings(max_examples=EXAMPLES // 5, stateful_step_count=12)
+TestSampler.settings = settings(max_examples=EXAMPLES * 3 // 20, stateful_step_count=12)
 
 
 def test_every_error_is_a_smoothcache_error():

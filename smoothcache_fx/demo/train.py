@@ -4,6 +4,12 @@ Rectified flow (x_t = (1 - t) x_0 + t noise, the model predicts noise - x_0), Ad
 average of the weights, labels dropped in one case of ten for classifier-free guidance. Only the training
 split of the digits is seen. One thread by default: their number decides the order of sums, and so the last
 bits.
+
+The shipped weights come from the defaults; the log ended with::
+
+    step  3900 of 4000  loss 0.3276  2079 s
+    step  4000 of 4000  loss 0.3242  2117 s
+    500 samples: 100.0% recognised (held-out digits 99.4%), Frechet distance 0.582 (real 0.311)
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from .data import Digits, load_digits
 from .metrics import Classifier, frechet_distance, real_frechet_distance
 from .model import DiT
 from .sampler import sample
-from .weights import WEIGHTS, save_model
+from .weights import WEIGHTS, load_model, save_model
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +70,8 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, step / WARM_UP_STEPS) * (0.02 + 0.98 * decay)
 
 
-def train(steps: int, batch: int, learning_rate: float, seed: int, output: Path) -> DiT:
-    """Train, write the averaged weights to ``output`` every 500 steps and at the end, and return them."""
+def train(steps: int, batch: int, learning_rate: float, seed: int, output: Path) -> None:
+    """Train, and write the averaged weights to ``output``, every 500 steps and at the end."""
     torch.manual_seed(seed)
     generator = Generator().manual_seed(seed)
     digits = load_digits()
@@ -91,7 +97,6 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, output: Path)
             log.info("step %5d of %d  loss %.4f  %4.0f s", step, steps, sum(losses[-100:]) / 100, elapsed)
         if step % 500 == 0 or step == steps:
             save_model(average, output)
-    return average
 
 
 def evaluate(model: DiT, count: int = 500) -> None:
@@ -120,7 +125,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     torch.set_num_threads(arguments.threads)
-    evaluate(train(arguments.steps, arguments.batch, arguments.learning_rate, arguments.seed, arguments.output))
+    train(arguments.steps, arguments.batch, arguments.learning_rate, arguments.seed, arguments.output)
+    evaluate(load_model(path=arguments.output))
 
 
 if __name__ == "__main__":

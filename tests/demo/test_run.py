@@ -29,6 +29,7 @@ def test_the_demo_writes_what_it_measured(tmp_path, capsys):
     assert rows["alpha 0.6"]["mac_ratio"] > rows["torch.compile"]["mac_ratio"] == 1.0
     assert rows["torch.compile"]["accuracy"] > 0.9, "even five steps make digits"
     assert rows["torch.compile"]["speedup_over_compile"] == 1.0
+    assert rows["eager"]["accuracy"] is None, "sampled for its time alone"
     assert {"eager", "torch.compile", "alpha 0.2", "alpha 0.6"} < set(rows), "and fewer steps beside them"
     assert results["real_versus_real_frechet_distance"] > 0
     for name in ("samples.png", "errors.png", "schedules.png"):
