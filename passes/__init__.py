@@ -1,5 +1,6 @@
 """Graph passes: a graph or facts about it come out; nothing is run and nothing global is changed."""
 
+from .cuts import cut_flops
 from .flops import count_flops
 from .guard import guard, insert_guards, run_guarded
 from .observe import observe
@@ -14,6 +15,7 @@ __all__ = [
     "analyze",
     "check_graph",
     "count_flops",
+    "cut_flops",
     "find_sites",
     "guard",
     "insert_guards",

@@ -34,7 +34,7 @@ class Branch:
     gates: list[tuple[int, ...]] = field(default_factory=list)
 
 
-def _addends(node: Node) -> tuple[Node, Node] | None:
+def addends(node: Node) -> tuple[Node, Node] | None:
     """The two tensors of a plain sum, or None."""
     if node.op != "call_function":
         return None
@@ -46,7 +46,7 @@ def _addends(node: Node) -> tuple[Node, Node] | None:
 
 
 def is_sum(node: Node) -> bool:
-    return _addends(node) is not None and tensor_value(node) is not None
+    return addends(node) is not None and tensor_value(node) is not None
 
 
 def continues(add: Node) -> bool:
@@ -61,7 +61,7 @@ def _leaves(node: Node) -> list[Node]:
     """The summands of a sum of sums."""
     return [
         leaf
-        for operand in _addends(node)
+        for operand in addends(node)
         for leaf in (_leaves(operand) if is_sum(operand) and continues(operand) else [operand])
     ]
 
@@ -109,7 +109,7 @@ def branches_of(facts: GraphFacts, add: Node, site_adds: set[Node]) -> tuple[lis
 def _terms(facts: GraphFacts, add: Node, skip_leaf: Node, skip: Node) -> list[Node]:
     """The summands beside the skip path; a sum whose two sides share heavy work stays one (a LoRA beside its base)."""
     terms = []
-    for operand in _addends(add):
+    for operand in addends(add):
         if operand is skip_leaf:
             continue
         nested = is_sum(operand) and continues(operand)
@@ -123,7 +123,7 @@ def _terms(facts: GraphFacts, add: Node, skip_leaf: Node, skip: Node) -> list[No
 def _sides_share_work(facts: GraphFacts, add: Node, skip: Node) -> bool:
     left, right = (
         {node for node in facts.between(skip, side) if facts.bears_weight(node) or facts.mixes_activations(node)}
-        for side in _addends(add)
+        for side in addends(add)
     )
     return bool(left & right)
 

@@ -134,6 +134,18 @@ def recording_guards(fake_mode: FakeTensorMode | None) -> Iterator[list[Any]]:
         conditions.extend(guard.expr for guard in shape_env.guards[before:])
 
 
+def graph_break(gm: GraphModule) -> tuple[str, str] | None:
+    """Why Dynamo ended a captured graph before its function did, and ``file.py:12 code`` where; None if it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    first_line = reason.reason.strip().partition("\n")[0]
+    if not reason.user_stack:
+        return first_line, "an unknown line"
+    frame = reason.user_stack[-1]
+    return first_line, f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.line or ''}".strip()
+
+
 def dynamo_input_index(placeholder: Node) -> int | None:
     """Which of the captured frame's inputs an ATen graph's placeholder is (a part of), or None."""
     origin = placeholder.meta.get("desc")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from .build import GraphBuilder
 from .clock import Clock
 from .errors import ScheduleError
 from .inner import CompileVariant, InnerCompiler, inner_compiler
+from .passes import cut_flops
 from .passes.facts import WEIGHT
 from .passes.guard import placeholders
 from .passes.names import common_module, drop_components, group_of, unique_names
@@ -32,6 +34,7 @@ class Frame:
     """
 
     def __init__(self, gm: GraphModule, inputs: Sequence[Any], weight_names: Mapping[int, str]) -> None:
+        self.graph_break = _torch.graph_break(gm)
         self._static_names: dict[int, str] = {}
         for index, (node, value) in enumerate(zip(placeholders(gm.graph), inputs, strict=True)):
             name = weight_names.get(id(value))
@@ -60,10 +63,12 @@ class Program:
         builder: the captured graph, its sites and variants' graphs.
         dispatcher: runs each call, by the binding that is set on it.
         bindings: all places where the program has run so far.
+        graph_break: why Dynamo ended the graph before the captured function did, and at which line; or None.
     """
 
     def __init__(self, session: Session, frame: Frame, captured: GraphModule, compile_variant: CompileVariant) -> None:
         frame.mark(captured)
+        self.graph_break = frame.graph_break
         self.session = session
         self.frame = frame
         self.builder = GraphBuilder(captured, compile_variant, session.inner.shape_generic)
@@ -78,6 +83,7 @@ class Program:
         if place is None:
             place = self._places[key] = _Place()
         serial = self.session.clock.serial
+        self.session.broken |= self.session.ran_at == serial
         self.session.ran_at = serial
         call = place.calls if place.serial == serial else 0
         place.serial, place.calls = serial, call + 1
@@ -86,6 +92,11 @@ class Program:
             place.bindings.append(binding)
             self.bindings.append(binding)
         return place.bindings[call]
+
+    @property
+    def cut_flops(self) -> int:
+        """FLOPs of branches that graph breaks cut in two, so that they cannot be cached; for one call."""
+        return cut_flops(self.builder.captured.graph, self.builder.sites, ends_at_break=self.graph_break is not None)
 
     def close(self) -> None:
         self.bindings.clear()
@@ -131,6 +142,8 @@ class Session:
         self.programs: list[Program] = []
         #: The clock's serial of the last call in which any program ran.
         self.ran_at = 0
+        #: Whether more than one graph has run in one call of the model.
+        self.broken = False
         self._root = root
 
     def weight_names(self) -> dict[int, str]:
@@ -155,6 +168,19 @@ class Session:
         program, run = compile_frame(self, gm, inputs)
         self.programs.append(program)
         return run
+
+
+def breaks_of(session: Session) -> tuple[Counter[str], float]:
+    """Where and why graphs broke, with how many ended there; and the share of FLOPs in branches that this cut."""
+    programs = session.programs
+    breaks = Counter(f"{place}: {reason}" for reason, place in (p.graph_break for p in programs if p.graph_break))
+    if not session.broken and not breaks:
+        return breaks, 0.0
+    if not breaks:
+        breaks["a line that Dynamo does not give, in a loop: TORCH_LOGS=graph_breaks shows it"] = 1
+    cut = sum(program.cut_flops * len(program.bindings) for program in programs)
+    whole = sum(program.builder.flops * len(program.bindings) for program in programs)
+    return breaks, cut / max(1, whole)
 
 
 def plan_sites(schedule: Schedule, sites: Sequence[SiteInfo]) -> Plan:

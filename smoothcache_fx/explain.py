@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from . import _torch
-from .backend import Program, Session, plan_sites
+from .backend import Program, Session, breaks_of, plan_sites
 from .clock import Clock
 from .compiler import CompiledForward, check_inference, compiled_forward, no_sites_error
 from .errors import CompiledError
@@ -20,6 +21,7 @@ from .inner import inner_compiler
 from .passes.facts import tensor_value
 from .passes.flops import concrete
 from .program import Mask, SiteInfo
+from .report import describe_breaks
 from .schedule import Schedule
 from .tables import format_bytes, format_flops, format_table
 
@@ -64,6 +66,8 @@ class Explanation:
         sites, adds: what can be cached, and adds that were looked at and not taken.
         graphs: graphs that the model was captured as.
         flops: of one uncached call.
+        breaks: lines of the model that broke the graph, with the reason, and how many graphs ended there.
+        cut_share: FLOPs of branches that breaks cut in two, so that they cannot be cached, over ``flops``.
         variants, mac_ratio: for the schedule, if one was given: graphs to compile, and FLOPs of the uncached
             trajectory over those of the scheduled one.
     """
@@ -73,6 +77,8 @@ class Explanation:
     adds: list[AddExplanation]
     graphs: int
     flops: int
+    breaks: Counter[str] = field(default_factory=Counter)
+    cut_share: float = 0.0
     variants: int | None = None
     mac_ratio: float | None = None
 
@@ -113,6 +119,7 @@ class Explanation:
         ]
         if self.mac_ratio is not None:
             lines.append(f"with this schedule: {self.variants} variants, MAC ratio {self.mac_ratio:.2f}")
+        lines.extend(describe_breaks(self.breaks, self.cut_share))
         lines.extend(self._rejected())
         return "\n".join(lines)
 
@@ -157,6 +164,7 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
     ]
     if not sites:
         raise no_sites_error(model, session.programs)
+    breaks, cut_share = breaks_of(session)
     result = Explanation(
         model=type(model).__name__,
         sites=sites,
@@ -167,6 +175,8 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
         ],
         graphs=len(session.programs),
         flops=sum(program.builder.flops * len(program.bindings) for program in session.programs),
+        breaks=breaks,
+        cut_share=cut_share,
     )
     if schedule is not None:
         result.variants, result.mac_ratio = _predict(session.programs, schedule)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from .backend import Program
+from .backend import Program, breaks_of
 from .compiler import compiled_forward
 from .tables import format_bytes, format_table
 
@@ -33,6 +34,8 @@ class Report:
         variants: number of variants compiled, over all graphs.
         compile_seconds: time that the inner compiler took for each.
         graphs: graphs that the model was captured as; more than one means graph breaks or recompiles.
+        breaks: lines of the model that broke the graph, with the reason, and how many graphs ended there.
+        cut_share: FLOPs of branches that breaks cut in two, so that they cannot be cached, over those of the model.
         uncompiled_calls: calls that Dynamo ran uncompiled, and so uncached.
         forced: site calls that were computed although the schedule said reuse, by reason.
         cache_bytes: cache buffers of all streams.
@@ -47,6 +50,8 @@ class Report:
     variants: int
     compile_seconds: list[float]
     graphs: int
+    breaks: Counter[str] = field(default_factory=Counter)
+    cut_share: float = 0.0
     uncompiled_calls: int = 0
     forced: Counter[str] = field(default_factory=Counter)
     cache_bytes: int = 0
@@ -73,12 +78,22 @@ class Report:
             f"MAC ratio {self.mac_ratio:.2f}, caches {format_bytes(self.cache_bytes)}",
             f"{self.graphs} graph{'s' if self.graphs != 1 else ''}, {self.variants} variants, compiled in {seconds} s",
         ]
+        lines.extend(describe_breaks(self.breaks, self.cut_share))
         if self.uncompiled_calls:
             lines.append(f"{self.uncompiled_calls} calls ran uncompiled and uncached: Dynamo hit its recompile limit")
         if self.forced:
             lines.append("computed beyond the schedule:")
             lines.extend(f"  {count} site calls: {reason}" for reason, count in self.forced.items())
         return "\n".join(lines)
+
+
+def describe_breaks(breaks: Mapping[str, int], cut_share: float) -> Iterator[str]:
+    """Lines about graph breaks; none where there are none."""
+    if breaks:
+        cut = f"{cut_share:.1%} of the FLOPs lie in branches that this cuts in two, and are computed at every step"
+        yield f"graph breaks ({cut}):"
+        for place, count in breaks.items():
+            yield f"  {place}" + (f" ({count} graphs)" if count > 1 else "")
 
 
 def report(model: torch.nn.Module) -> Report:
@@ -102,6 +117,7 @@ def report(model: torch.nn.Module) -> Report:
             uncached += program.builder.flops * sum(binding.calls.values())
         _count_sites(program, groups)
     clock = session.clock
+    breaks, cut_share = breaks_of(session)
     return Report(
         trajectories=clock.trajectory + 1,
         steps=forward.calls // clock.calls_per_step,
@@ -110,6 +126,8 @@ def report(model: torch.nn.Module) -> Report:
         variants=len(seconds),
         compile_seconds=seconds,
         graphs=len(session.programs),
+        breaks=breaks,
+        cut_share=cut_share,
         uncompiled_calls=forward.uncompiled_calls,
         forced=forced,
         cache_bytes=cache_bytes,

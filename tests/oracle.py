@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from typing_extensions import Self
 
 OracleType = TypeVar("OracleType", bound="Oracle")
@@ -110,6 +111,6 @@ class Oracle:
         return cached
 
 
-def _copy(output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+def _copy(output: Any) -> Any:
     """The model may write into what a module returns; what is kept must stay as it was."""
-    return tuple(part.clone() for part in output) if isinstance(output, tuple) else output.clone()
+    return tree_map_only(Tensor, Tensor.clone, output)

@@ -68,6 +68,46 @@ def test_explain_counts_graph_breaks_and_leaves_a_compiled_model_alone(model):
     assert smoothcache.report(model).calls == 1
 
 
+class CutBlock(torch.nn.Module):
+    """A feed-forward of 64 times 16 by 32 and 32 by 16 FLOPs that a graph break cuts, and one that it leaves whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.more, self.less = (
+            torch.nn.Linear(*sizes) for sizes in ((16, 32), (32, 16), (16, 32), (32, 16))
+        )
+
+    def forward(self, x, c):
+        y = self.up(x + c.unsqueeze(1)).relu()
+        torch._dynamo.graph_break()
+        x = x + self.down(y)
+        return x + self.less(self.more(x).relu())
+
+
+def test_a_branch_that_a_break_cuts_in_two_is_told():
+    model = CutBlock().eval()
+    explanation = smoothcache.explain(model, *inputs())
+    assert [site.kind for site in explanation.sites] == ["ffn"]
+    assert explanation.graphs == 2 and explanation.cut_share == 0.5
+    (place,) = explanation.breaks
+    assert place.startswith("test_explain.py:") and "torch._dynamo.graph_break()" in place
+    assert "50.0% of the FLOPs lie in branches that this cuts in two" in str(explanation)
+    smoothcache.compile(model, Schedule(2, {"ffn": [1, 0]}), backend="eager")
+    with torch.no_grad():
+        model(*inputs())
+    report = smoothcache.report(model)
+    assert report.breaks == explanation.breaks and report.cut_share == 0.5
+    assert "50.0%" in str(report) and place in str(report)
+
+
+def test_a_break_between_branches_cuts_nothing():
+    explanation = smoothcache.explain(Stack(2, broken=True).eval(), *inputs())
+    assert explanation.breaks and explanation.cut_share == 0.0
+    assert "graph breaks (0.0%" in str(explanation)
+    whole = smoothcache.explain(Stack(2).eval(), *inputs())
+    assert not whole.breaks and "graph break" not in str(whole)
+
+
 def test_explain_refuses(model):
     with pytest.raises(TypeError, match="expected a torch.nn.Module"):
         smoothcache.explain(None)
