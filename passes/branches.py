@@ -16,7 +16,7 @@ from .facts import (
     tensor_value,
     through_views,
 )
-from .flops import concrete
+from .flops import concrete, depends_on_data
 
 
 @dataclass(eq=False)
@@ -99,6 +99,8 @@ def branches_of(facts: GraphFacts, add: Node, site_adds: set[Node]) -> tuple[lis
             reasons.append(f"spans the residual add {inner.name}, which is a site's")
         elif not branch.heavy:
             reasons.append("no matmul, convolution or opaque op with parameters lies between its operands")
+        elif depends_on_data(tensor_value(term)):
+            reasons.append("its size depends on data, so no cache can be made for it before the model runs")
         elif tensor_value(add).ndim < 3:
             reasons.append("two-dimensional: a conditioning vector and no sequence of tokens")
         else:
@@ -166,7 +168,7 @@ def walk_back_to_output(facts: GraphFacts, branch: Branch) -> None:
     """From the add back through gates, layer scales, views and casts to the value to cache."""
     node, inside = branch.term, set(branch.region)
     while True:
-        if is_view_or_cast(node) and node.args[0] in inside:
+        if is_view_or_cast(node) and node.args[0] in inside and not depends_on_data(tensor_value(node.args[0])):
             node = node.args[0]
         elif is_product(node) and (factors := _product_of_branch_and_gate(node, inside)):
             node, gate = factors

@@ -43,6 +43,13 @@ NONLINEAR = _ops(
     hardsigmoid log_sigmoid_forward threshold""",
 )
 
+# Checks of sizes that depend on data: they have no result, and are there for their effect.
+ASSERTIONS = _ops(
+    aten,
+    """_assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size _assert_tensor_metadata
+    _functional_assert_scalar _functional_assert_async""",
+)
+
 _POINTWISE_PRODUCTS = frozenset({aten.mul, aten.div, prims.mul, prims.div})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,13 +27,22 @@ _SDPA_WITHOUT_FORMULA = tuple(
 
 
 def concrete(size: Any) -> int:
-    """An int for a size that may be symbolic: the value that the graph was captured with."""
-    if isinstance(size, torch.SymInt):
-        hint = size.node.hint
-        if hint is None:
-            raise ValueError(f"the size {size} depends on data, so it has no value before the model runs")
-        return int(hint)
-    return int(size)
+    """An int for a size that may be symbolic: the value that the graph was captured with.
+
+    For a size that depends on data it is the largest it can be, or 1 where that is not known.
+    """
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    hint = size.node.hint
+    if hint is None:
+        bound = size.node.shape_env.bound_sympy(size.node.expr).upper
+        return int(bound) if bound.is_Integer and bound < sys.maxsize - 1 else 1
+    return int(hint)
+
+
+def depends_on_data(value: torch.Tensor) -> bool:
+    """Whether a size of the tensor is known only once the model has run so far (as after ``nonzero``)."""
+    return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in value.shape)
 
 
 def _shape_only(value: Any) -> Any:

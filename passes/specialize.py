@@ -22,7 +22,7 @@ from collections.abc import Collection
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .facts import through_views
+from .facts import ASSERTIONS, packet, through_views
 from .guard import CACHE, SITE, copy_graph, guards, placeholders
 
 
@@ -76,13 +76,22 @@ def _keep_caches_inside(graph: Graph) -> None:
 
 
 def remove_dead_code(graph: Graph) -> None:
-    """Remove what nobody uses; random ops too, which a reused branch must not keep alive."""
-    graph.eliminate_dead_code(is_impure_node=_has_effect)
+    """Remove what nobody uses; random ops too, and assertions about it, which must not keep a reused branch alive."""
+    live, pending = set(), [node for node in graph.nodes if node.op == "output" or _has_effect(node)]
+    while pending:
+        node = pending.pop()
+        if node not in live:
+            live.add(node)
+            pending.extend(node.all_input_nodes)
+    for node in reversed(list(graph.nodes)):
+        if packet(node) in ASSERTIONS and live.isdisjoint(node.all_input_nodes):
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure_node=lambda node: _has_effect(node) or packet(node) in ASSERTIONS)
 
 
 def _has_effect(node: Node) -> bool:
     is_aten = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-    if is_aten and torch.Tag.nondeterministic_seeded in node.target.tags:
+    if is_aten and (torch.Tag.nondeterministic_seeded in node.target.tags or packet(node) in ASSERTIONS):
         return False
     return node.is_impure()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 import types
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
     BufferAOTInput,
@@ -26,12 +28,24 @@ InnerCompile = Callable[..., Any]
 
 
 def dynamo_compile(forward: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``torch.compile`` whose recompiles count for this call alone: many models of a class do not exhaust the limit."""
+    """``torch.compile`` whose recompiles count for this call alone: many models of a class do not exhaust the limit.
+
+    Sizes that depend on data (the text's tokens by ``nonzero`` of a mask) stay in the graph: a break there would cut
+    the attention that they belong to in two.
+    """
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
     else:
         forward = _with_own_code(forward)  # torch 2.11: Dynamo counts per code object
-    return torch.compile(forward, backend=backend, **options)
+    compiled = torch.compile(forward, backend=backend, **options)
+    whole = dynamo_config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with whole:
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:

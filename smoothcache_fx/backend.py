@@ -95,7 +95,9 @@ class Program:
 
     @property
     def cut_flops(self) -> int:
-        """FLOPs of branches that graph breaks cut in two, so that they cannot be cached; for one call."""
+        """FLOPs of branches that graph breaks cut in two, so that they cannot be cached; for one call, at most."""
+        if not self.builder.sites:
+            return self.builder.flops  # a piece of a branch, as far as can be told
         return cut_flops(self.builder.captured.graph, self.builder.sites, ends_at_break=self.graph_break is not None)
 
     def close(self) -> None:

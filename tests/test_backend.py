@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import smoothcache_fx as smoothcache
-from capture import Block, Stack, inputs
+from capture import Attention, Block, Stack, inputs
 from cases import randomize
 from oracle import Oracle
 from smoothcache_fx import NoSitesError, Schedule, ScheduleError
@@ -115,6 +115,37 @@ def test_one_compile_for_three_trajectories_and_a_variant_per_mask(dtype):
     assert report.graphs == 1 and report.calls == 36 and report.trajectories == 3
     assert report.variants == len(set(zip(rows["attn"], rows["ffn"], strict=True))) == 4
     assert not report.forced
+
+
+class Masked(nn.Module):
+    """Joint attention with the tokens of a text that a mask lets through, as video models drop its padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.up, self.down = Attention(16, 2), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        kept = torch.nonzero(mask, as_tuple=False).flatten()
+        x = x + self.attn(torch.cat((x, text[:, kept]), dim=1))[:, : x.shape[1]]
+        return x + self.down(self.up(x).relu())
+
+
+def test_a_size_that_depends_on_data_does_not_break_the_graph():
+    model, plain = (randomize(Masked(), 0).eval() for _ in range(2))
+    smoothcache.compile(model, Schedule(2, {"attn": [1, 0], "ffn": [1, 0]}), backend="eager")
+    with torch.no_grad():
+        for mask in (torch.tensor([1, 1, 0, 1]), torch.tensor([0, 0, 1, 0])):
+            (x, _), text = inputs(), torch.randn(2, 4, 16)
+            fresh = model(x, text, mask)
+            assert torch.equal(fresh, plain(x, text, mask))
+            torch.testing.assert_close(model(x + 1, text, mask), fresh + 1)
+    report = smoothcache.report(model)
+    assert report.graphs == 1 and not report.breaks and not report.forced
+    assert {group.kind: group.computed for group in report.groups} == {"attn": 2, "ffn": 2}
+    graphs = compiled_forward(model).session.programs[0].builder.graphs
+    (reusing,) = (graph for mask, graph in graphs.items() if not mask.compute)
+    names = {str(node.target) for node in reusing.graph.nodes if node.op == "call_function"}
+    assert not any(word in name for name in names for word in ("nonzero", "assert", "sym_", "mm")), names
 
 
 def test_the_cache_stays_where_it_is():
