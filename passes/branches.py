@@ -10,6 +10,7 @@ from .facts import (
     NONLINEAR,
     GraphFacts,
     aten,
+    is_opaque,
     is_product,
     is_view_or_cast,
     packet,
@@ -32,6 +33,11 @@ class Branch:
     kind: str = ""
     output: Node | None = None
     gates: list[tuple[int, ...]] = field(default_factory=list)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is no more than one product with a parameter: a projection, or a convolution over neighbours."""
+        return len(self.heavy) == 1 and not self.attention and not any(is_opaque(node) for node in self.heavy)
 
 
 def addends(node: Node) -> tuple[Node, Node] | None:
@@ -66,8 +72,15 @@ def _leaves(node: Node) -> list[Node]:
     ]
 
 
-def branches_of(facts: GraphFacts, add: Node, site_adds: set[Node]) -> tuple[list[Branch], str]:
-    """The branches that a residual add sums up, or none and the reason."""
+#: A block's branch may start from a sum inside of the block; from further back it would be a residual around blocks.
+SUMS_IN_A_BLOCK = 2
+
+
+def branches_of(facts: GraphFacts, add: Node, taken: dict[Node, list[Branch]]) -> tuple[list[Branch], str]:
+    """The branches that a residual add sums up, or none and the reason.
+
+    ``taken`` has the branches of earlier adds; those that prove to be parts of a larger branch are removed from it.
+    """
     leaves = _leaves(add)
     if any(leaf not in facts.activations for leaf in leaves) and len(leaves) == 2:
         return [], "adds a parameter or a constant"
@@ -85,27 +98,64 @@ def branches_of(facts: GraphFacts, add: Node, site_adds: set[Node]) -> tuple[lis
     terms = [term for term in _terms(facts, add, skip_leaf, skip) if facts.descends(through_views(term), skip)]
     branches, reasons = [], []
     for term in terms:
-        region = facts.between(skip, term)
-        inner = next((node for node in region if node in site_adds), None)
-        branch = Branch(
-            add,
-            skip,
-            term,
-            region,
-            heavy={node for node in region if facts.bears_weight(node)},
-            attention={node for node in region if facts.mixes_activations(node)},
-        )
-        if inner is not None:
-            reasons.append(f"spans the residual add {inner.name}, which is a site's")
-        elif not branch.heavy:
-            reasons.append("no matmul, convolution or opaque op with parameters lies between its operands")
-        elif depends_on_data(tensor_value(term)):
-            reasons.append("its size depends on data, so no cache can be made for it before the model runs")
-        elif tensor_value(add).ndim < 3:
-            reasons.append("two-dimensional: a conditioning vector and no sequence of tokens")
+        branch, reason = _branch_of(facts, add, skip, term, taken)
+        if branch is None:
+            reasons.append(reason)
         else:
             branches.append(branch)
     return branches, "; ".join(dict.fromkeys(reasons))
+
+
+def _branch_of(
+    facts: GraphFacts, add: Node, skip: Node, term: Node, taken: dict[Node, list[Branch]]
+) -> tuple[Branch | None, str]:
+    """The branch between the skip path and one summand, or None and the reason."""
+    branch = _between(facts, add, skip, term)
+    inner = [node for node in branch.region if node in taken]
+    if inner:
+        on_the_way, aside = _sort_out(inner, skip, taken)
+        if any(not part.is_linear for node in aside for part in taken[node]):
+            return None, f"spans the residual add {aside[0].name}, which is a site's"
+        if on_the_way:
+            # x + ffn(x + attn(x)): the branch is what comes after the inner sum.
+            whole, branch = branch, _between(facts, add, on_the_way[-1], term)
+            passed_by = any(
+                not facts.descends(on_the_way[-1], node)
+                for node in (whole.heavy | whole.attention) - branch.heavy - branch.attention
+            )
+            if len(on_the_way) > SUMS_IN_A_BLOCK or branch.is_linear or not branch.heavy or passed_by:
+                return None, f"spans the residual add {on_the_way[-1].name}, which is a site's"
+    if not branch.heavy:
+        return None, "no matmul, convolution or opaque op with parameters lies between its operands"
+    if depends_on_data(tensor_value(term)):
+        return None, "its size depends on data, so no cache can be made for it before the model runs"
+    if tensor_value(add).ndim < 3:
+        return None, "two-dimensional: a conditioning vector and no sequence of tokens"
+    if not facts.depends_on_tokens(branch.skip):
+        return None, "depends on vectors alone, as the timestep is one: conditioning and no tokens"
+    for node in inner:
+        if node in branch.region:
+            del taken[node]
+    return branch, ""
+
+
+def _between(facts: GraphFacts, add: Node, skip: Node, term: Node) -> Branch:
+    region = facts.between(skip, term)
+    heavy = {node for node in region if facts.bears_weight(node)}
+    attention = {node for node in region if facts.mixes_activations(node)}
+    return Branch(add, skip, term, region, heavy, attention)
+
+
+def _sort_out(inner: list[Node], skip: Node, taken: dict[Node, list[Branch]]) -> tuple[list[Node], list[Node]]:
+    """Residual adds inside of a region: those that continue its skip path, and those of other paths."""
+    path, on_the_way, aside = {skip}, [], []
+    for node in inner:
+        if taken[node][0].skip in path:
+            path.add(node)
+            on_the_way.append(node)
+        else:
+            aside.append(node)
+    return on_the_way, aside
 
 
 def _terms(facts: GraphFacts, add: Node, skip_leaf: Node, skip: Node) -> list[Node]:

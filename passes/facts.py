@@ -113,6 +113,7 @@ class GraphFacts:
     nodes: list[Node] = field(default_factory=list)
     ancestors: dict[Node, int] = field(default_factory=dict)
     activations: set[Node] = field(default_factory=set)
+    _tokens: int = 0
 
     def __post_init__(self) -> None:
         for position, node in enumerate(self.graph.nodes):
@@ -130,10 +131,17 @@ class GraphFacts:
             self.ancestors[node] = bits
             if is_activation:
                 self.activations.add(node)
+                value = tensor_value(node)
+                if node.op == "placeholder" and value is not None and value.ndim > 1:
+                    self._tokens |= 1 << position
 
     def descends(self, node: Node, ancestor: Node) -> bool:
         """Whether ``node`` is computed from ``ancestor`` (a node does not descend from itself)."""
         return bool(self.ancestors[node] >> self.position[ancestor] & 1)
+
+    def depends_on_tokens(self, node: Node) -> bool:
+        """Whether the node is computed from an input of at least two dimensions: latents or text, no timestep."""
+        return bool((self.ancestors[node] | 1 << self.position[node]) & self._tokens)
 
     def between(self, start: Node, end: Node) -> list[Node]:
         """The nodes that descend from ``start`` and lead to ``end``, ``end`` with them, in graph order."""

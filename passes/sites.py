@@ -86,18 +86,17 @@ def find_sites(graph: Graph) -> list[Site]:
 def analyze(graph: Graph) -> tuple[list[Site], list[Rejection]]:
     """The sites, and every two-tensor add that was looked at and not taken."""
     facts = GraphFacts(graph)
-    branches: list[Branch] = []
+    taken: dict[Node, list[Branch]] = {}
     rejections: list[Rejection] = []
-    site_adds: set[Node] = set()
     for add in facts.nodes:
         if not is_sum(add) or continues(add):
             continue
-        found, reason = branches_of(facts, add, site_adds)
-        branches.extend(found)
+        found, reason = branches_of(facts, add, taken)
         if found:
-            site_adds.add(add)
+            taken[add] = found
         else:
             rejections.append(Rejection(add, reason))
+    branches = [branch for found in taken.values() for branch in found]
     for branch in branches:
         branch.kind = kind_of(facts, branch)
         walk_back_to_output(facts, branch)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from smoothcache_fx.passes import analyze, find_sites
-from smoothcache_fx.passes.facts import MATMULS, packet
+from smoothcache_fx.passes.facts import MATMULS, WEIGHT, packet
 from smoothcache_fx.passes.names import common_module, group_of, unique_names
 from smoothcache_fx.passes.sites import only_needed_by
 from torch import nn
@@ -181,6 +181,69 @@ def test_a_residual_around_residuals_is_no_site():
     (program,) = capture(LongSkip().eval(), *inputs())
     sites, rejections = analyze(program.builder.captured.graph)
     assert len(sites) == 4 and any("spans the residual add" in r.reason for r in rejections)
+
+
+class Mlp(nn.Sequential):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width))
+
+
+def test_a_feed_forward_that_skips_its_blocks_attention_is_a_site_of_its_own():
+    """``x + mlp(norm(x + attn(x)))``: the skip path passes by the attention's sum."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn, self.norm, self.mlp = Attention(16, 2), nn.LayerNorm(16), Mlp()
+
+        def forward(self, x, c):
+            return x + self.mlp(self.norm(x + c[:, None] * self.attn(x)))
+
+    (program,) = capture(Block().eval(), *inputs())
+    attn, mlp = find_sites(program.builder.captured.graph)
+    assert (attn.name, attn.kind, mlp.name, mlp.kind) == ("attn", "attn", "mlp", "ffn")
+    assert not set(attn.region) & set(mlp.region)
+
+
+def test_a_projections_own_residual_is_a_part_of_the_branch_around_it():
+    """A feed-forward that mixes neighbouring frames in a convolution with a residual of its own, as in Sana-Video."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.mix = nn.Linear(16, 32), nn.Linear(32, 16), nn.Conv1d(16, 16, 3, padding=1)
+
+        def forward(self, x, c):
+            h = self.down(self.up(x).relu())
+            return x + c[:, None] * (h + self.mix(h.transpose(1, 2)).transpose(1, 2))
+
+    (program,) = capture(Block().eval(), *inputs())
+    (site,) = find_sites(program.builder.captured.graph)
+    assert site.kind == "ffn" and {weight.meta[WEIGHT].split(".")[0] for weight in site.weights} == {
+        "up",
+        "down",
+        "mix",
+    }
+    assert site.gates == (((2, 1, 16),),)
+
+
+def test_residuals_on_what_depends_on_the_timestep_alone_are_no_sites():
+    """Chroma computes all modulation by a small residual network, a token a block, from the timestep."""
+
+    class Modulated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.refine, self.mlp = nn.Parameter(torch.randn(3, 16)), Mlp(), Mlp()
+
+        def forward(self, x, timestep):
+            shifts = timestep[:, None, None] * self.embed
+            shifts = shifts + self.refine(shifts)
+            return x + self.mlp(x + shifts[:, :1])
+
+    (program,) = capture(Modulated().eval(), inputs()[0], torch.rand(2))
+    sites, rejections = analyze(program.builder.captured.graph)
+    assert [site.name for site in sites] == ["mlp"]
+    assert "depends on vectors alone" in " ".join(rejection.reason for rejection in rejections)
 
 
 def test_nothing_is_changed():

@@ -42,7 +42,8 @@ class ZooCase:
         branches: kind -> patterns (``*`` for one name) of the submodules whose output is a branch before its gate,
             or from which the branch is computed by norms and projections alone: every attention and every
             feed-forward of every block, refiners' too.
-        unfound: patterns of attention or feed-forward modules that are no residual branch -> the reason.
+        unfound: patterns of attention or feed-forward modules that are no residual branch, or whose output nothing
+            uses (the last block's text) -> the reason. They are left out of ``branches``.
         calls: patterns of modules called more than once in a call of the model -> how often.
     """
 
@@ -69,6 +70,8 @@ class ZooCase:
                 if not found:
                     raise ValueError(f"{self.name} has no module {pattern!r}")
                 for name in found:
+                    if any(matches(name, unfound) for unfound in self.unfound):
+                        continue
                     for call in range(self.calls.get(pattern, 1)):
                         branches[f"{name}#{call + 1}" if call else name] = Branch(name, kind, matmuls=0, call=call)
         return Case(self.name, self.make, self.latents, self.conditioning, self.call, branches)
