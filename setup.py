@@ -16,9 +16,13 @@ DIFFUSERS = ["diffusers"]
 TEST = [
     *DEMO,
     *DIFFUSERS,
+    "accelerate",
     "dit-smoothcache",
     "hypothesis",
+    "peft",
     "pytest",
+    # The noise of Stable Audio's sampler.
+    "torchsde",
     "transformers",
     # The test of the wheel builds it in the running environment.
     "setuptools>=70.1",

@@ -84,11 +84,11 @@ def table(results: list[dict[str, Any]]) -> str:
         if reason := _reason(result):
             lines.append(f"- {result['name']}: {reason}")
     aside = [f"- {r['name']}, `{pattern}`: {why}" for r in ran for pattern, why in r["unfound"].items()]
-    broken = [f"- {r['name']} ({r['cut_share']:.1%}): {place}" for r in ran for place in r["breaks"]]
+    broken = [f"- {r['name']} ({r['lost_share']:.1%}): {place}" for r in ran for place in r["breaks"]]
     if aside:
         lines += ["", "## Rightly no site", "", *aside]
     if broken:
-        lines += ["", "## Graph breaks, and the share of FLOPs in branches that they cut in two", "", *broken]
+        lines += ["", "## Graph breaks, and the share of FLOPs that they leave in no site", "", *broken]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,6 @@
 """Graph passes: a graph or facts about it come out; nothing is run and nothing global is changed."""
 
-from .cuts import cut_flops
+from .cuts import container_of, work_outside
 from .flops import count_flops
 from .guard import guard, insert_guards, run_guarded
 from .observe import observe
@@ -14,12 +14,13 @@ __all__ = [
     "Site",
     "analyze",
     "check_graph",
+    "container_of",
     "count_flops",
-    "cut_flops",
     "find_sites",
     "guard",
     "insert_guards",
     "observe",
     "run_guarded",
     "specialize",
+    "work_outside",
 ]

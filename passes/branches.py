@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -33,11 +34,6 @@ class Branch:
     kind: str = ""
     output: Node | None = None
     gates: list[tuple[int, ...]] = field(default_factory=list)
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it is no more than one product with a parameter: a projection, or a convolution over neighbours."""
-        return len(self.heavy) == 1 and not self.attention and not any(is_opaque(node) for node in self.heavy)
 
 
 def addends(node: Node) -> tuple[Node, Node] | None:
@@ -77,33 +73,58 @@ SUMS_IN_A_BLOCK = 2
 
 
 def branches_of(facts: GraphFacts, add: Node, taken: dict[Node, list[Branch]]) -> tuple[list[Branch], str]:
-    """The branches that a residual add sums up, or none and the reason.
-
-    ``taken`` has the branches of earlier adds; those that prove to be parts of a larger branch are removed from it.
-    """
+    """The branches that a residual add sums up, or none and the reason; ``taken`` has the branches of earlier adds."""
     leaves = _leaves(add)
     if any(leaf not in facts.activations for leaf in leaves) and len(leaves) == 2:
         return [], "adds a parameter or a constant"
     bases = {leaf: through_views(leaf) for leaf in leaves}
-    leading = [
-        leaf
-        for leaf in leaves
-        if any(facts.descends(bases[other], bases[leaf]) for other in leaves if other is not leaf)
-    ]
+    if not (leading := _leading(facts, bases)):
+        bases = {leaf: _unscaled(facts, leaf, base, bases) for leaf, base in bases.items()}
+        leading = _leading(facts, bases)
     if not leading:
         return [], "neither operand is computed from the other"
-    # With several, as in a long skip connection's x0 + x + branch(x), the nearest one is the skip path.
-    skip_leaf = max(leading, key=lambda leaf: facts.position[bases[leaf]])
-    skip = bases[skip_leaf]
-    terms = [term for term in _terms(facts, add, skip_leaf, skip) if facts.descends(through_views(term), skip)]
-    branches, reasons = [], []
-    for term in terms:
-        branch, reason = _branch_of(facts, add, skip, term, taken)
-        if branch is None:
-            reasons.append(reason)
-        else:
-            branches.append(branch)
-    return branches, "; ".join(dict.fromkeys(reasons))
+    # With several, a summand belongs to the nearest that a branch leads to it from: in x0 + x + branch(x) that is x,
+    # in x + y + cross(y) with y = attn(x) there is one branch from y and one from x.
+    reasons: list[str] = []
+    found: dict[Node, Branch] = {}
+    for skip_leaf in sorted(leading, key=lambda leaf: facts.position[bases[leaf]], reverse=True):
+        skip = bases[skip_leaf]
+        for term in _terms(facts, add, skip_leaf, skip):
+            if term in found or not facts.descends(through_views(term), skip):
+                continue
+            branch, reason = _branch_of(facts, add, skip, term, taken)
+            if branch is None:
+                reasons.append(reason)
+            else:
+                found[term] = branch
+    return list(found.values()), "" if found else "; ".join(dict.fromkeys(reasons))
+
+
+def _leading(facts: GraphFacts, bases: Mapping[Node, Node]) -> list[Node]:
+    """The summands from which another one is computed; ``bases`` has what each is a view of."""
+    return [
+        leaf
+        for leaf, base in bases.items()
+        if any(facts.descends(other, base) for other in bases.values() if other is not base)
+    ]
+
+
+def _unscaled(facts: GraphFacts, leaf: Node, base: Node, bases: Mapping[Node, Node]) -> Node:
+    """What a summand is a multiple of, if another summand is computed from that: ``x`` of ``scale * x + branch(x)``."""
+    others = [other for summand, other in bases.items() if summand is not leaf]
+    pending = [base]
+    while pending:
+        node = pending.pop()
+        if node is not base and any(facts.descends(other, node) for other in others):
+            return node
+        if is_product(node):
+            factors = [through_views(factor) for factor in node.args[:2] if isinstance(factor, Node)]
+            pending += [
+                factor
+                for factor in factors
+                if factor in facts.activations and not any(facts.descends(other, factor) for other in factors)
+            ]
+    return base
 
 
 def _branch_of(
@@ -112,31 +133,67 @@ def _branch_of(
     """The branch between the skip path and one summand, or None and the reason."""
     branch = _between(facts, add, skip, term)
     inner = [node for node in branch.region if node in taken]
-    if inner:
-        on_the_way, aside = _sort_out(inner, skip, taken)
-        if any(not part.is_linear for node in aside for part in taken[node]):
-            return None, f"spans the residual add {aside[0].name}, which is a site's"
-        if on_the_way:
-            # x + ffn(x + attn(x)): the branch is what comes after the inner sum.
-            whole, branch = branch, _between(facts, add, on_the_way[-1], term)
-            passed_by = any(
-                not facts.descends(on_the_way[-1], node)
-                for node in (whole.heavy | whole.attention) - branch.heavy - branch.attention
-            )
-            if len(on_the_way) > SUMS_IN_A_BLOCK or branch.is_linear or not branch.heavy or passed_by:
-                return None, f"spans the residual add {on_the_way[-1].name}, which is a site's"
+    if inner and not (part := _is_part(facts, inner, branch, taken)):
+        # x + ffn(x + attn(x)): the branch is what comes after the inner sum.
+        last = _end_of_path(inner, skip, taken)
+        whole, branch = branch, _between(facts, add, last or skip, term)
+        passed_by = any(
+            not facts.descends(last, node)
+            for node in (whole.heavy | whole.attention) - branch.heavy - branch.attention
+            if last is not None
+        )
+        if last is None or len(inner) > SUMS_IN_A_BLOCK or not branch.heavy or _is_linear(branch) or passed_by:
+            return None, f"spans the residual add {inner[-1].name}, which is a site's"
     if not branch.heavy:
         return None, "no matmul, convolution or opaque op with parameters lies between its operands"
+    if _is_linear(branch):
+        return None, "a projection and no more: neither attention nor a feed-forward"
     if depends_on_data(tensor_value(term)):
         return None, "its size depends on data, so no cache can be made for it before the model runs"
-    if tensor_value(add).ndim < 3:
-        return None, "two-dimensional: a conditioning vector and no sequence of tokens"
-    if not facts.depends_on_tokens(branch.skip):
-        return None, "depends on vectors alone, as the timestep is one: conditioning and no tokens"
-    for node in inner:
-        if node in branch.region:
-            del taken[node]
+    if not branch.attention and not facts.has_seen_attention(branch.skip):
+        if tensor_value(add).ndim < 3:
+            return None, "two-dimensional, and no attention before it: a conditioning vector and no sequence of tokens"
+        if not facts.depends_on_tokens(branch.skip):
+            return None, "depends on vectors alone, as the timestep is one: conditioning and no tokens"
+    if inner and part:
+        del taken[inner[0]]
     return branch, ""
+
+
+def _is_part(facts: GraphFacts, inner: list[Node], branch: Branch, taken: dict[Node, list[Branch]]) -> bool:
+    """Whether the one residual add inside of a branch is a part of it: other work of the branch runs beside it.
+
+    As in ``x + proj(cat(y + cross(y), mlp(x)))`` with ``y = attn(x)``. In a residual around blocks all lies in a row.
+    """
+    if len(inner) > 1 or taken[inner[0]][0].skip is branch.skip:
+        return False
+    (node,) = inner
+    own = {work for part in taken[node] for work in part.region}
+    return any(
+        work not in own and not facts.descends(node, work) and not facts.descends(work, node)
+        for work in branch.heavy | branch.attention
+    )
+
+
+def start_from_each_other(facts: GraphFacts, branches: list[Branch]) -> None:
+    """Of one sum's branches, let one that is computed from another's output alone start there.
+
+    In ``x + attn(x) + cross(attn(x))`` the cross-attention starts from the attention's output; reused attention then
+    feeds it from the cache.
+    """
+    for branch in branches:
+        for other in branches:
+            output = other.output
+            if other is branch or output not in branch.region or output is branch.output:
+                continue
+            if all(
+                node is output or facts.descends(node, output) or facts.descends(output, node) for node in branch.region
+            ):
+                part = _between(facts, branch.add, output, branch.term)
+                if part.heavy and not _is_linear(part):
+                    branch.skip, branch.region = output, part.region
+                    branch.heavy, branch.attention = part.heavy, part.attention
+                    branch.kind = kind_of(facts, branch)
 
 
 def _between(facts: GraphFacts, add: Node, skip: Node, term: Node) -> Branch:
@@ -146,16 +203,28 @@ def _between(facts: GraphFacts, add: Node, skip: Node, term: Node) -> Branch:
     return Branch(add, skip, term, region, heavy, attention)
 
 
-def _sort_out(inner: list[Node], skip: Node, taken: dict[Node, list[Branch]]) -> tuple[list[Node], list[Node]]:
-    """Residual adds inside of a region: those that continue its skip path, and those of other paths."""
-    path, on_the_way, aside = {skip}, [], []
+def _is_linear(branch: Branch) -> bool:
+    """Whether the branch only projects: a convolution for positions, a frame mixer, a LoRA beside its base."""
+    if branch.attention or any(is_opaque(node) for node in branch.heavy):
+        return False
+    projected: set[Node] = set()
+    for node in branch.region:
+        sides = [parent in projected for parent in node.all_input_nodes]
+        if node in branch.heavy or any(sides):
+            projected.add(node)
+        if any(sides) and (packet(node) in NONLINEAR or (is_product(node) and len(sides) > 1 and all(sides))):
+            return False
+    return True
+
+
+def _end_of_path(inner: list[Node], skip: Node, taken: dict[Node, list[Branch]]) -> Node | None:
+    """The last of the residual adds inside of a region, if all of them continue its skip path."""
+    path = {skip}
     for node in inner:
-        if taken[node][0].skip in path:
-            path.add(node)
-            on_the_way.append(node)
-        else:
-            aside.append(node)
-    return on_the_way, aside
+        if taken[node][0].skip not in path:
+            return None
+        path.add(node)
+    return inner[-1]
 
 
 def _terms(facts: GraphFacts, add: Node, skip_leaf: Node, skip: Node) -> list[Node]:
@@ -187,30 +256,37 @@ def kind_of(facts: GraphFacts, branch: Branch) -> str:
         all(side is branch.skip or facts.descends(side, branch.skip) for side in facts.mixes_activations(node))
         for node in branch.attention
     )
-    if _holds_feed_forward(branch):
+    if _holds_feed_forward(facts, branch):
         return "attn_ffn"
     return "attn" if reads_itself else "cross_attn"
 
 
-def _holds_feed_forward(branch: Branch) -> bool:
-    """Whether a path with a matmul and a nonlinearity passes by the attention and joins it in a cat or a sum.
+def _holds_feed_forward(facts: GraphFacts, branch: Branch) -> bool:
+    """Whether a feed-forward passes by the attention and joins it: in a sum, or in a cat before a shared projection.
 
-    A gate on attention's output joins it in a product and is attention; a convolution on the values (as in linear
-    attention) has no nonlinearity.
+    In a cat a matmul and a nonlinearity are enough, in a sum another matmul must follow. A gate on attention's output
+    joins it in a product, a recurrence adds gated keys and values to its state, and what joins before the last
+    attention makes its queries or keys: all that is attention.
     """
-    after_attention, after_heavy, feed_forward = set(), set(), set()
+    after_attention: set[Node] = set()
+    up: set[Node] = set()
+    activated: set[Node] = set()
+    down: set[Node] = set()
     for node in branch.region:
-        parents = node.all_input_nodes
-        if node in branch.attention or any(parent in after_attention for parent in parents):
+        parents = set(node.all_input_nodes)
+        if node in branch.attention or parents & after_attention:
             after_attention.add(node)
-            joins = packet(node) in (aten.cat, aten.add, aten.stack)
-            if joins and any(parent in feed_forward for parent in parents):
+            joined = activated | down if packet(node) in (aten.cat, aten.stack) else down
+            joins = packet(node) in (aten.cat, aten.stack, aten.add) and parents & joined
+            if joins and not any(facts.descends(later, node) for later in branch.attention):
                 return True
             continue
-        if node in branch.heavy or any(parent in after_heavy for parent in parents):
-            after_heavy.add(node)
-        if any(parent in feed_forward for parent in parents) or (packet(node) in NONLINEAR and node in after_heavy):
-            feed_forward.add(node)
+        if parents & down or (parents & activated and node in branch.heavy):
+            down.add(node)
+        elif parents & activated or (parents & up and packet(node) in NONLINEAR):
+            activated.add(node)
+        elif parents & up or node in branch.heavy:
+            up.add(node)
     return False
 
 

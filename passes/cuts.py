@@ -1,37 +1,37 @@
-"""What graph breaks cost: work of branches that a break cuts in two, so that no graph holds the whole of one."""
+"""What graph breaks cost: work of blocks that lies in no site, since no graph holds the whole of its branch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch.fx import Graph, Node
 
-from .branches import addends, is_sum
-from .facts import GraphFacts, through_views
-from .flops import count_flops
+from .facts import WEIGHT, GraphFacts
+from .flops import estimate_sizes, node_flops
 from .sites import Site, only_needed_by
 
 
-def cut_flops(graph: Graph, sites: Sequence[Site], *, ends_at_break: bool) -> int:
-    """FLOPs in a captured graph that belong to a branch whose other part lies in another graph.
+def work_outside(graph: Graph, sites: Sequence[Site]) -> list[tuple[int, tuple[Node, ...]]]:
+    """FLOPs of the nodes that are computed even where all sites are reused, each with its weights' placeholders.
 
-    First parts: what leads to the graph's outputs alone and to no residual add, in a graph that ended at a break.
-    Last parts: what is added to an input of the graph and does not descend from it.
+    A product of activations has those of the last node before it that has any.
     """
     facts = GraphFacts(graph)
-    adds = {add for site in sites for add in site.adds}
-    inside = {node for site in sites for node in site.region}
-    cut: set[Node] = set()
-    if ends_at_break:
-        after = set(adds)
-        for node in reversed(facts.nodes):
-            if any(user in after for user in node.users):
-                after.add(node)
-        cut.update(node for node in facts.nodes if node.op == "call_function" and node not in after)
+    saved = only_needed_by([output for site in sites for output in site.outputs])
+    estimates = estimate_sizes(graph)
+    found: list[tuple[int, tuple[Node, ...]]] = []
+    nearest: tuple[Node, ...] = ()
     for node in facts.nodes:
-        if is_sum(node) and node not in adds:
-            for skip, term in (addends(node), addends(node)[::-1]):
-                is_input = through_views(skip).op == "placeholder" and skip in facts.activations
-                if is_input and not facts.descends(term, through_views(skip)):
-                    cut.update(only_needed_by([term], stored=adds))
-    return count_flops(cut - inside - adds)
+        flops = node_flops(node, estimates)
+        if not flops:
+            continue
+        nearest = tuple(weight for weight in facts.weight_nodes(node) if WEIGHT in weight.meta) or nearest
+        if node not in saved:
+            found.append((flops, nearest))
+    return found
+
+
+def container_of(name: str) -> str:
+    """The list of blocks that a parameter's or site's name is in: ``blocks`` for ``blocks.3.attn``; '' for none."""
+    return re.split(r"\.\d+(?:\.|$)", name, maxsplit=1)[0] if re.search(r"\.\d+(?:\.|$)", name) else ""

@@ -50,6 +50,13 @@ ASSERTIONS = _ops(
     _functional_assert_scalar _functional_assert_async""",
 )
 
+# Ops that take no more than shape, dtype and device of their arguments: no data flows through them.
+FACTORIES = _ops(
+    aten,
+    """zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty
+    new_empty_strided sym_size sym_stride sym_numel""",
+)
+
 _POINTWISE_PRODUCTS = frozenset({aten.mul, aten.div, prims.mul, prims.div})
 
 
@@ -114,6 +121,7 @@ class GraphFacts:
     ancestors: dict[Node, int] = field(default_factory=dict)
     activations: set[Node] = field(default_factory=set)
     _tokens: int = 0
+    _attention: int = 0
 
     def __post_init__(self) -> None:
         for position, node in enumerate(self.graph.nodes):
@@ -121,7 +129,7 @@ class GraphFacts:
             self.position[node] = position
             self.ancestors[node] = 0
             # A size read off an activation is no data flow: what only shares its shape does not descend from it.
-            if isinstance(node.meta.get("val"), _SCALARS):
+            if isinstance(node.meta.get("val"), _SCALARS) or packet(node) in FACTORIES:
                 continue
             bits = 0
             is_activation = node.op == "placeholder" and WEIGHT not in node.meta
@@ -134,6 +142,8 @@ class GraphFacts:
                 value = tensor_value(node)
                 if node.op == "placeholder" and value is not None and value.ndim > 1:
                     self._tokens |= 1 << position
+                if self.mixes_activations(node):
+                    self._attention |= 1 << position
 
     def descends(self, node: Node, ancestor: Node) -> bool:
         """Whether ``node`` is computed from ``ancestor`` (a node does not descend from itself)."""
@@ -142,6 +152,10 @@ class GraphFacts:
     def depends_on_tokens(self, node: Node) -> bool:
         """Whether the node is computed from an input of at least two dimensions: latents or text, no timestep."""
         return bool((self.ancestors[node] | 1 << self.position[node]) & self._tokens)
+
+    def has_seen_attention(self, node: Node) -> bool:
+        """Whether the node is computed from what an attention op made."""
+        return bool(self.ancestors[node] & self._attention)
 
     def between(self, start: Node, end: Node) -> list[Node]:
         """The nodes that descend from ``start`` and lead to ``end``, ``end`` with them, in graph order."""

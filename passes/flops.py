@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -26,18 +27,36 @@ _SDPA_WITHOUT_FORMULA = tuple(
 )
 
 
-def concrete(size: Any) -> int:
+def concrete(size: Any, estimates: Mapping[Any, int] | None = None) -> int:
     """An int for a size that may be symbolic: the value that the graph was captured with.
 
-    For a size that depends on data it is the largest it can be, or 1 where that is not known.
+    A size that depends on data is estimated: each symbol of it as ``estimates`` says, or else as large as it can be,
+    or as 1 where that is not known.
     """
     if not isinstance(size, torch.SymInt):
         return int(size)
-    hint = size.node.hint
-    if hint is None:
-        bound = size.node.shape_env.bound_sympy(size.node.expr).upper
-        return int(bound) if bound.is_Integer and bound < sys.maxsize - 1 else 1
-    return int(hint)
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    values = dict(estimates or {})
+    for symbol in size.node.expr.free_symbols - set(values):
+        bound = size.node.shape_env.bound_sympy(symbol).upper
+        values[symbol] = int(bound) if bound.is_Integer and bound < sys.maxsize - 1 else 1
+    return int(size.node.expr.xreplace(values))
+
+
+def estimate_sizes(graph: Graph) -> dict[Any, int]:
+    """Estimates of data-dependent sizes: the parts of a split, as of tokens to experts, share what is split."""
+    estimates = {}
+    for node in graph.find_nodes(op="call_function", target=aten.split_with_sizes.default):
+        whole, parts = node.args[:2]
+        dim = node.args[2] if len(node.args) > 2 else 0
+        sizes = [part.meta.get("val") if isinstance(part, Node) else part for part in parts]
+        unknown = [size for size in sizes if isinstance(size, torch.SymInt) and size.node.hint is None]
+        known = sum(concrete(size) for size in sizes if not any(size is other for other in unknown))
+        for size in unknown:
+            share = (concrete(whole.meta["val"].shape[dim]) - known) // len(unknown)
+            estimates[size.node.expr] = max(1, share)
+    return estimates
 
 
 def depends_on_data(value: torch.Tensor) -> bool:
@@ -45,34 +64,39 @@ def depends_on_data(value: torch.Tensor) -> bool:
     return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in value.shape)
 
 
-def _shape_only(value: Any) -> Any:
+def _shape_only(value: Any, estimates: Mapping[Any, int]) -> Any:
     """The node's value with concrete sizes and no storage, so that formulas add no guards."""
     if isinstance(value, Node):
         value = value.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return torch.empty([concrete(s) for s in value.shape], dtype=value.dtype, device="meta")
+        sizes = [concrete(size, estimates) for size in value.shape]
+        return torch.empty(sizes, dtype=value.dtype, device="meta")
     if isinstance(value, torch.SymInt):
-        return concrete(value)
+        return concrete(value, estimates)
     return value
 
 
-def node_flops(node: Node) -> int:
+def node_flops(node: Node, estimates: Mapping[Any, int]) -> int:
     """FLOPs of one call_function node; 0 for ops without a formula (pointwise work, opaque ops)."""
     if node.op != "call_function":
         return 0
     packet = getattr(node.target, "overloadpacket", node.target)
+    shape_only = functools.partial(_shape_only, estimates=estimates)
     if packet in _SDPA_WITHOUT_FORMULA:
-        query, key, value = (_shape_only(arg) for arg in node.args[:3])
+        query, key, value = (shape_only(arg) for arg in node.args[:3])
         return int(sdpa_flop_count(query.shape, key.shape, value.shape))
     formula = flop_registry.get(packet)
     if formula is None:
         return 0
-    args, kwargs = tree_map(_shape_only, (tuple(node.args), dict(node.kwargs)))
-    return int(formula(*args, **kwargs, out_val=tree_map(_shape_only, node.meta.get("val"))))
+    args, kwargs = tree_map(shape_only, (tuple(node.args), dict(node.kwargs)))
+    return int(formula(*args, **kwargs, out_val=tree_map(shape_only, node.meta.get("val"))))
 
 
-def count_flops(nodes: Graph | Iterable[Node]) -> int:
+def count_flops(nodes: Graph | Collection[Node]) -> int:
     """FLOPs of a graph or of some of its nodes; one multiply-add counts as two."""
     if isinstance(nodes, Graph):
         nodes = nodes.nodes
-    return sum(node_flops(node) for node in nodes)
+    if not nodes:
+        return 0
+    estimates = estimate_sizes(next(iter(nodes)).graph)
+    return sum(node_flops(node, estimates) for node in nodes)

@@ -57,10 +57,13 @@ def placeholders(graph: Graph) -> list[Node]:
 
 
 def cache_value(output: Node) -> torch.Tensor:
-    """A fake tensor of the site output's shape, dtype and device, dense and row-major: what its buffer looks like."""
+    """A fake tensor of the site output's shape, dtype and device: what its buffer looks like.
+
+    It is dense, its dimensions in memory in the output's order: then every view of the output is one of the buffer.
+    """
     value = output.meta["val"]
     with value.fake_mode:
-        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        return torch.empty_like(value)
 
 
 def insert_guards(gm: GraphModule, sites: Sequence[Site]) -> GraphModule:

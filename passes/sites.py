@@ -18,7 +18,15 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
-from .branches import Branch, branches_of, continues, is_sum, kind_of, walk_back_to_output
+from .branches import (
+    Branch,
+    branches_of,
+    continues,
+    is_sum,
+    kind_of,
+    start_from_each_other,
+    walk_back_to_output,
+)
 from .facts import WEIGHT, GraphFacts, frame_path, module_path, source_line, tensor_value
 from .flops import concrete, count_flops
 from .names import common_module, drop_components, group_of, unique_names
@@ -100,6 +108,8 @@ def analyze(graph: Graph) -> tuple[list[Site], list[Rejection]]:
     for branch in branches:
         branch.kind = kind_of(facts, branch)
         walk_back_to_output(facts, branch)
+    for found in taken.values():
+        start_from_each_other(facts, found)
     return _finish(facts, [_merge(facts, group) for group in _shared_work(branches)]), rejections
 
 

@@ -25,24 +25,29 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 InnerCompile = Callable[..., Any]
+#: What Dynamo and its backends raise where a function cannot be compiled.
+CompileError = torch._dynamo.exc.TorchDynamoException
 
 
-def dynamo_compile(forward: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def dynamo_compile(
+    forward: Callable[..., Any], backend: Callable[..., Any], *, data_dependent_sizes: bool = False, **options: Any
+) -> Callable[..., Any]:
     """``torch.compile`` whose recompiles count for this call alone: many models of a class do not exhaust the limit.
 
-    Sizes that depend on data (the text's tokens by ``nonzero`` of a mask) stay in the graph: a break there would cut
-    the attention that they belong to in two.
+    With ``data_dependent_sizes`` the graph does not break where a size depends on data, as after ``nonzero``.
     """
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
     else:
         forward = _with_own_code(forward)  # torch 2.11: Dynamo counts per code object
     compiled = torch.compile(forward, backend=backend, **options)
-    whole = dynamo_config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+    if not data_dependent_sizes:
+        return compiled
+    settings = dynamo_config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with whole:
+        with settings:
             return compiled(*args, **kwargs)
 
     return call

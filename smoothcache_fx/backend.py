@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _torch
@@ -17,7 +17,7 @@ from .build import GraphBuilder
 from .clock import Clock
 from .errors import ScheduleError
 from .inner import CompileVariant, InnerCompiler, inner_compiler
-from .passes import cut_flops
+from .passes import container_of, work_outside
 from .passes.facts import WEIGHT
 from .passes.guard import placeholders
 from .passes.names import common_module, drop_components, group_of, unique_names
@@ -40,8 +40,10 @@ class Frame:
             name = weight_names.get(id(value))
             if name is not None or isinstance(value, torch.nn.Parameter):
                 self._static_names[index] = name or _torch.source_path(node)
-        #: Positions of the frame's inputs that are parameters or buffers.
-        self.weights = tuple(self._static_names)
+        #: Positions of the frame's inputs that are parameters or, if it has none, buffers. Moving a module to another
+        #: device (offloading does, at each run) gives it new buffers, but leaves the parameters the same objects.
+        parameters = [i for i in self._static_names if isinstance(inputs[i], torch.nn.Parameter)]
+        self.weights = tuple(parameters or self._static_names)
 
     def mark(self, captured: GraphModule) -> None:
         """Write the weights' names into the captured graph's placeholders, where the passes look for them."""
@@ -74,6 +76,7 @@ class Program:
         self.builder = GraphBuilder(captured, compile_variant, session.inner.shape_generic)
         self.dispatcher = session.dispatcher(self.builder)
         self.bindings: list[Binding] = []
+        self._weight_names: list[dict[int, str]] = []
         self._places: dict[tuple[int, ...], _Place] = {}
 
     def bind(self, inputs: Sequence[Any]) -> Binding:
@@ -93,28 +96,30 @@ class Program:
             self.bindings.append(binding)
         return place.bindings[call]
 
-    @property
-    def cut_flops(self) -> int:
-        """FLOPs of branches that graph breaks cut in two, so that they cannot be cached; for one call, at most."""
-        if not self.builder.sites:
-            return self.builder.flops  # a piece of a branch, as far as can be told
-        return cut_flops(self.builder.captured.graph, self.builder.sites, ends_at_break=self.graph_break is not None)
+    def flops_outside(self, containers: Collection[str]) -> int:
+        """FLOPs of these lists of blocks that lie outside of sites, over all bindings."""
+        work = work_outside(self.builder.captured.graph, self.builder.sites)
+        return sum(
+            flops
+            for names in self._weight_names
+            for flops, weights in work
+            # A graph without weights is a piece of a branch: an attention op between two breaks.
+            if not weights or any(container_of(_weight_name(weight, names)) in containers for weight in weights)
+        )
 
     def close(self) -> None:
         self.bindings.clear()
+        self._weight_names.clear()
         self._places.clear()
         self.dispatcher = self.session.dispatcher(self.builder)
 
     def _new_binding(self, inputs: Sequence[Any], call: int) -> Binding:
         builder = self.builder
         names = self.frame.names(inputs, self.session.weight_names())
+        self._weight_names.append(names)
         paths = []
         for site in builder.sites:
-            indices = [_torch.dynamo_input_index(weight) for weight in site.weights]
-            parameters = [
-                names[i] if i is not None else weight.meta[WEIGHT]
-                for i, weight in zip(indices, site.weights, strict=True)
-            ]
+            parameters = [_weight_name(weight, names) for weight in site.weights]
             paths.append(drop_components(common_module(parameters), site.containers))
         kinds = [site.kind for site in builder.sites]
         sites = [
@@ -123,6 +128,12 @@ class Program:
         ]
         log.info("bound %d sites: %s", len(sites), ", ".join(site.name for site in sites))
         return Binding(sites, self.session.plan(sites), builder.buffer_count)
+
+
+def _weight_name(weight: Node, names: Mapping[int, str]) -> str:
+    """The name of a weight's placeholder, given the names of the frame's inputs at some place."""
+    index = _torch.dynamo_input_index(weight)
+    return weight.meta[WEIGHT] if index is None else names[index]
 
 
 class _Place:
@@ -161,6 +172,18 @@ class Session:
             program.close()
         self.programs.clear()
 
+    def set_aside(self) -> dict[str, Any]:
+        """Start without programs, as if nothing had run; returns what ``put_back`` takes."""
+        kept = {"programs": self.programs, "broken": self.broken}
+        self.programs, self.broken, self.ran_at = [], False, 0
+        return kept
+
+    def put_back(self, kept: dict[str, Any]) -> None:
+        """Have the programs of before ``set_aside`` again, in place of those made since."""
+        self.close()
+        for name, value in kept.items():
+            setattr(self, name, value)
+
     def dispatcher(self, builder: GraphBuilder) -> Dispatcher:
         """What runs the calls of a program; calibration puts an observer here."""
         return GuardedProgram(builder, self.clock)
@@ -172,17 +195,27 @@ class Session:
         return run
 
 
-def breaks_of(session: Session) -> tuple[Counter[str], float]:
-    """Where and why graphs broke, with how many ended there; and the share of FLOPs in branches that this cut."""
-    programs = session.programs
-    breaks = Counter(f"{place}: {reason}" for reason, place in (p.graph_break for p in programs if p.graph_break))
-    if not session.broken and not breaks:
-        return breaks, 0.0
-    if not breaks:
+def breaks_of(session: Session) -> Counter[str]:
+    """Where and why graphs broke, with how many ended there."""
+    found = (program.graph_break for program in session.programs)
+    breaks = Counter(f"{place}: {reason}" for reason, place in filter(None, found))
+    if session.broken and not breaks:
         breaks["a line that Dynamo does not give, in a loop: TORCH_LOGS=graph_breaks shows it"] = 1
-    cut = sum(program.cut_flops * len(program.bindings) for program in programs)
+    return breaks
+
+
+def flops_in_sites(session: Session) -> int:
+    """FLOPs that all sites together save, in one call."""
+    return sum(site.flops for p in session.programs for binding in p.bindings for site in binding.sites)
+
+
+def share_outside(session: Session) -> float:
+    """The share of FLOPs that is work of blocks in no site, in lists of blocks that have sites."""
+    programs = session.programs
+    containers = {container_of(site.name) for p in programs for binding in p.bindings for site in binding.sites}
+    outside = sum(program.flops_outside(containers) for program in programs)
     whole = sum(program.builder.flops * len(program.bindings) for program in programs)
-    return breaks, cut / max(1, whole)
+    return outside / max(1, whole)
 
 
 def plan_sites(schedule: Schedule, sites: Sequence[SiteInfo]) -> Plan:

@@ -67,9 +67,11 @@ class GraphBuilder:
         """A cache buffer for inputs of these sizes; an ordinary tensor even where inference mode is on."""
         value = self._caches[buffer].meta["val"]
         symbols = self._symbols(inputs)
-        shape = [_torch.symbol_value(size, symbols) for size in value.shape]
+        shape, strides = (
+            [_torch.symbol_value(size, symbols) for size in sizes] for sizes in (value.shape, value.stride())
+        )
         with torch.inference_mode(False), torch.no_grad():
-            return torch.empty(shape, dtype=value.dtype, device=value.device)
+            return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
 
     def build(self, mask: Mask, inputs: Sequence[Any]) -> Variant:
         """Specialise the guarded graph to the mask and compile it."""

@@ -28,16 +28,52 @@ class TimestepReader:
                 self.position, self.name = position, name
                 break
 
-    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, wait: bool = False) -> float | None:
-        """The first sample's timestep, or None. ``wait`` allows a copy from a device."""
+    def value(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The argument as it is, or None."""
         if self.name is None:
             return None
-        value = kwargs[self.name] if self.name in kwargs else args[self.position] if self.position < len(args) else None
+        if self.name in kwargs:
+            return kwargs[self.name]
+        return args[self.position] if self.position < len(args) else None
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, wait: bool = False) -> float | None:
+        """The first sample's timestep, or None. ``wait`` allows a copy from a device."""
+        value = self.value(args, kwargs)
         if isinstance(value, torch.Tensor):
             if value.numel() == 0 or value.is_complex() or not (wait or value.device.type == "cpu"):
                 return None
             return float(value.detach().reshape(-1)[0])
         return float(value) if isinstance(value, (int, float)) else None
+
+
+class Call:
+    """One call of a model, as a clock sees it.
+
+    Attributes:
+        model: the class of the model, for messages.
+    """
+
+    def __init__(self, model: str, reader: TimestepReader, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.model = model
+        self._reader = reader
+        self._args = args
+        self._kwargs = kwargs
+
+    def timestep(self, *, wait: bool = False) -> float | None:
+        """The first sample's timestep, or None. ``wait`` allows a copy from a device."""
+        return self._reader.read(self._args, self._kwargs, wait=wait)
+
+    def timesteps(self) -> tuple[float, ...] | None:
+        """All timesteps of the call (one per sample, or per frame), or None; waits for the device."""
+        value = self._reader.value(self._args, self._kwargs)
+        if isinstance(value, torch.Tensor):
+            return tuple(value.detach().flatten().tolist())
+        return (float(value),) if isinstance(value, (int, float)) else None
+
+    def tensors(self) -> dict[int | str, torch.Tensor]:
+        """The tensors that the model is given, by position or name."""
+        given = (*enumerate(self._args), *self._kwargs.items())
+        return {name: value for name, value in given if isinstance(value, torch.Tensor)}
 
 
 class Clock:
@@ -55,6 +91,7 @@ class Clock:
         stream: which of the step's calls this is, from 0.
         trajectory: index of the trajectory, from 0.
         serial: number of calls so far; each call has its own.
+        trajectories, steps_begun: how many there were.
     """
 
     def __init__(self, steps: int | None, calls_per_step: int = 1) -> None:
@@ -64,11 +101,20 @@ class Clock:
         self.serial = 0
         self.step = -1
         self.stream = 0
+        self.steps_begun = 0
         self._calls = 0
         self._begin_next = True
         self._explicit = False
         self._first: float | None = None
         self._last: float | None = None
+
+    @property
+    def trajectories(self) -> int:
+        return self.trajectory + 1
+
+    def enter(self, call: Call, *, wait: bool = False) -> None:
+        """``tick`` with the call's timestep; ``wait`` allows a copy of it from a device."""
+        self.tick(call.timestep(wait=wait))
 
     def begin(self) -> None:
         """The next call is the first of a trajectory. From now on only this, and no count, begins one."""
@@ -94,6 +140,7 @@ class Clock:
             self._first = timestep
             self._begin_next = False
         self.step, self.stream = divmod(self._calls, self.calls_per_step)
+        self.steps_begun += self.stream == 0
         self._calls += 1
         self._last = timestep
         self.serial += 1

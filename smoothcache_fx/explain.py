@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from . import _torch
-from .backend import Program, Session, breaks_of, plan_sites
+from .backend import Program, Session, breaks_of, plan_sites, share_outside
 from .clock import Clock
 from .compiler import CompiledForward, check_inference, compiled_forward, no_sites_error
 from .errors import CompiledError
@@ -24,6 +23,7 @@ from .program import Mask, SiteInfo
 from .report import describe_breaks
 from .schedule import Schedule
 from .tables import format_bytes, format_flops, format_table
+from .traced import Traced
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Explanation:
         graphs: graphs that the model was captured as.
         flops: of one uncached call.
         breaks: lines of the model that broke the graph, with the reason, and how many graphs ended there.
-        cut_share: FLOPs of branches that breaks cut in two, so that they cannot be cached, over ``flops``.
+        lost_share: FLOPs of blocks that lie in no site, over ``flops``, where the graph broke.
         variants, mac_ratio: for the schedule, if one was given: graphs to compile, and FLOPs of the uncached
             trajectory over those of the scheduled one.
     """
@@ -78,7 +78,7 @@ class Explanation:
     graphs: int
     flops: int
     breaks: Counter[str] = field(default_factory=Counter)
-    cut_share: float = 0.0
+    lost_share: float = 0.0
     variants: int | None = None
     mac_ratio: float | None = None
 
@@ -119,7 +119,7 @@ class Explanation:
         ]
         if self.mac_ratio is not None:
             lines.append(f"with this schedule: {self.variants} variants, MAC ratio {self.mac_ratio:.2f}")
-        lines.extend(describe_breaks(self.breaks, self.cut_share))
+        lines.extend(describe_breaks(self.breaks, self.lost_share))
         lines.extend(self._rejected())
         return "\n".join(lines)
 
@@ -135,7 +135,8 @@ class Explanation:
 
 
 def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None, **kwargs: Any) -> Explanation:
-    """What could be cached in the model, for these inputs. Runs the model once, uncompiled.
+    """What could be cached in the model, for these inputs. Runs the model once, uncompiled, and once more if
+    that shows that graph breaks keep work out of sites.
 
     Args:
         model: the transformer, compiled or not, in eval mode.
@@ -155,7 +156,7 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
     session = Session(Schedule(steps=1), inner_compiler("eager", None, None, None), Clock(1), model)
     session.clock.tick()
     with torch.no_grad():
-        _torch.dynamo_compile(original, session)(*args, **kwargs)
+        Traced(original, session)(*args, **kwargs)
     sites = [
         _explain_site(program, index, info)
         for program in session.programs
@@ -164,7 +165,7 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
     ]
     if not sites:
         raise no_sites_error(model, session.programs)
-    breaks, cut_share = breaks_of(session)
+    breaks = breaks_of(session)
     result = Explanation(
         model=type(model).__name__,
         sites=sites,
@@ -176,7 +177,7 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
         graphs=len(session.programs),
         flops=sum(program.builder.flops * len(program.bindings) for program in session.programs),
         breaks=breaks,
-        cut_share=cut_share,
+        lost_share=share_outside(session) if breaks else 0.0,
     )
     if schedule is not None:
         result.variants, result.mac_ratio = _predict(session.programs, schedule)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-
-from .backend import Program, breaks_of
-from .compiler import compiled_forward
+from .backend import Program, breaks_of, share_outside
+from .compiler import CompiledForward, compiled_forwards
 from .tables import format_bytes, format_table
 
 
@@ -35,7 +34,7 @@ class Report:
         compile_seconds: time that the inner compiler took for each.
         graphs: graphs that the model was captured as; more than one means graph breaks or recompiles.
         breaks: lines of the model that broke the graph, with the reason, and how many graphs ended there.
-        cut_share: FLOPs of branches that breaks cut in two, so that they cannot be cached, over those of the model.
+        lost_share: FLOPs of blocks that lie in no site, over those of the model, where the graph broke.
         uncompiled_calls: calls that Dynamo ran uncompiled, and so uncached.
         forced: site calls that were computed although the schedule said reuse, by reason.
         cache_bytes: cache buffers of all streams.
@@ -51,7 +50,7 @@ class Report:
     compile_seconds: list[float]
     graphs: int
     breaks: Counter[str] = field(default_factory=Counter)
-    cut_share: float = 0.0
+    lost_share: float = 0.0
     uncompiled_calls: int = 0
     forced: Counter[str] = field(default_factory=Counter)
     cache_bytes: int = 0
@@ -78,7 +77,7 @@ class Report:
             f"MAC ratio {self.mac_ratio:.2f}, caches {format_bytes(self.cache_bytes)}",
             f"{self.graphs} graph{'s' if self.graphs != 1 else ''}, {self.variants} variants, compiled in {seconds} s",
         ]
-        lines.extend(describe_breaks(self.breaks, self.cut_share))
+        lines.extend(describe_breaks(self.breaks, self.lost_share))
         if self.uncompiled_calls:
             lines.append(f"{self.uncompiled_calls} calls ran uncompiled and uncached: Dynamo hit its recompile limit")
         if self.forced:
@@ -87,22 +86,44 @@ class Report:
         return "\n".join(lines)
 
 
-def describe_breaks(breaks: Mapping[str, int], cut_share: float) -> Iterator[str]:
+def describe_breaks(breaks: Mapping[str, int], lost_share: float) -> Iterator[str]:
     """Lines about graph breaks; none where there are none."""
     if breaks:
-        cut = f"{cut_share:.1%} of the FLOPs lie in branches that this cuts in two, and are computed at every step"
-        yield f"graph breaks ({cut}):"
+        lost = f"{lost_share:.1%} of the FLOPs are work of blocks that lies in no site, and is done at every step"
+        yield f"graph breaks ({lost}):"
         for place, count in breaks.items():
             yield f"  {place}" + (f" ({count} graphs)" if count > 1 else "")
 
 
-def report(model: torch.nn.Module) -> Report:
-    """What the compiled model has computed and reused since it was compiled; ``print`` it.
+def report(model_or_pipeline: Any) -> Report:
+    """What the compiled model, or a pipeline's denoisers, have computed and reused since ``compile``; ``print`` it.
+
+    Where a pipeline has two denoisers the groups' names begin with the component's: ``transformer_2: blocks.*.attn1``.
 
     Raises:
-        CompiledError: the model is not compiled.
+        CompiledError: it is not compiled.
     """
-    forward = compiled_forward(model)
+    forwards = compiled_forwards(model_or_pipeline)
+    reports = [_report(forward, f"{name}: " if len(forwards) > 1 else "") for name, forward in forwards.items()]
+    total, uncached, done = reports[0]
+    for other, its_uncached, its_done in reports[1:]:
+        total.calls += other.calls
+        total.groups += other.groups
+        total.variants += other.variants
+        total.compile_seconds += other.compile_seconds
+        total.graphs += other.graphs
+        total.breaks += other.breaks
+        total.lost_share = max(total.lost_share, other.lost_share)
+        total.uncompiled_calls += other.uncompiled_calls
+        total.forced += other.forced
+        total.cache_bytes += other.cache_bytes
+        uncached, done = uncached + its_uncached, done + its_done
+    total.mac_ratio = uncached / done if done else 1.0
+    return total
+
+
+def _report(forward: CompiledForward, prefix: str) -> tuple[Report, int, int]:
+    """One model's report, and the FLOPs of its calls uncached and as they were run."""
     session = forward.session
     groups: dict[str, GroupReport] = {}
     forced: Counter[str] = Counter()
@@ -115,31 +136,30 @@ def report(model: torch.nn.Module) -> Report:
             cache_bytes += binding.cache_bytes
             done += sum(flops * count for (_, flops), count in binding.calls.items())
             uncached += program.builder.flops * sum(binding.calls.values())
-        _count_sites(program, groups)
-    clock = session.clock
-    breaks, cut_share = breaks_of(session)
-    return Report(
-        trajectories=clock.trajectory + 1,
-        steps=forward.calls // clock.calls_per_step,
+        _count_sites(program, groups, prefix)
+    breaks = breaks_of(session)
+    report = Report(
+        trajectories=session.clock.trajectories,
+        steps=session.clock.steps_begun,
         calls=forward.calls,
         groups=list(groups.values()),
         variants=len(seconds),
         compile_seconds=seconds,
         graphs=len(session.programs),
         breaks=breaks,
-        cut_share=cut_share,
+        lost_share=share_outside(session) if breaks else 0.0,
         uncompiled_calls=forward.uncompiled_calls,
         forced=forced,
         cache_bytes=cache_bytes,
-        mac_ratio=uncached / done if done else 1.0,
     )
+    return report, uncached, done
 
 
-def _count_sites(program: Program, groups: dict[str, GroupReport]) -> None:
+def _count_sites(program: Program, groups: dict[str, GroupReport], prefix: str) -> None:
     for binding in program.bindings:
         calls = sum(binding.calls.values())
         for index, site in enumerate(binding.sites):
-            entry = groups.setdefault(site.group, GroupReport(site.group, site.kind))
+            entry = groups.setdefault(site.group, GroupReport(prefix + site.group, site.kind))
             computed = sum(count for (mask, _), count in binding.calls.items() if mask.compute >> index & 1)
             entry.sites += 1
             entry.computed += computed

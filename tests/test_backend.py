@@ -122,12 +122,53 @@ class Masked(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attn, self.up, self.down = Attention(16, 2), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.inlet, self.attn, self.up, self.down = (
+            nn.Linear(16, 16),
+            Attention(16, 2),
+            nn.Linear(16, 32),
+            nn.Linear(32, 16),
+        )
 
     def forward(self, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = self.inlet(x)
         kept = torch.nonzero(mask, as_tuple=False).flatten()
-        x = x + self.attn(torch.cat((x, text[:, kept]), dim=1))[:, : x.shape[1]]
+        x = x + self.attn(torch.cat((h, text[:, kept]), dim=1))[:, : x.shape[1]]
         return x + self.down(self.up(x).relu())
+
+
+class Sorted(Masked):
+    """Then a feed-forward, the larger part, on a stream of tokens whose size depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(16, 512), nn.ReLU(), nn.Linear(512, 16))
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x, text, mask)
+        kept = x[:, torch.nonzero(mask).flatten()]
+        return kept + self.mlp(kept)
+
+
+@pytest.mark.parametrize("lags", [None, 2])
+def test_sizes_that_depend_on_data_break_the_graph_where_that_keeps_more_in_sites(lags):
+    model, plain = (randomize(Sorted(), 0).eval() for _ in range(2))
+    mask, (x, _), text = torch.tensor([1, 1, 0, 1]), inputs(), torch.randn(2, 4, 16)
+    expected = plain(x, text, mask)
+    if lags:
+        calibration = smoothcache.calibrate(
+            model, lambda m: [m(x + i, text, mask) for i in range(4)], lags=lags, steps=4, progress=False
+        )
+        counts = {site.name: site.count.tolist() for site in calibration.sites}
+        assert counts == dict.fromkeys(("ffn", "mlp"), [[0, 1, 1, 1], [0, 0, 1, 1]])
+        return
+    smoothcache.compile(model, Schedule(2, {"ffn": [1, 0]}), backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, text, mask), expected)
+        model(x + 1, text, mask)
+        torch.testing.assert_close(model(x, text, mask), expected)
+    report = smoothcache.report(model)
+    assert report.graphs > 1 and report.breaks and report.lost_share > 0.05 and not report.forced
+    assert {group.group: group.computed for group in report.groups} == {"ffn": 2, "mlp": 2}
 
 
 def test_a_size_that_depends_on_data_does_not_break_the_graph():

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoothcache_fx import StepError
-from smoothcache_fx.clock import Clock, TimestepReader
+from smoothcache_fx.clock import Call, Clock, TimestepReader
+from smoothcache_fx.scheduler_clock import DenoiserClock, SchedulerClock
 
 
 def ticks(clock, timesteps):
@@ -112,3 +113,99 @@ def test_a_model_without_a_timestep_argument():
     def forward(x, c): ...
 
     assert TimestepReader(forward).read((1, 2), {}) is None
+
+
+# Clocks that follow a scheduler.
+
+
+class Scheduler:
+    """The least that a scheduler is."""
+
+    def __init__(self):
+        self.timesteps = torch.arange(1000, 0, -1)
+
+    def set_timesteps(self, steps):
+        self.timesteps = torch.linspace(1000, 100, steps)
+
+    def step(self, output, timestep, sample):
+        return sample - 0.1 * output
+
+
+class Pipeline:
+    def __init__(self):
+        self.scheduler = Scheduler()
+
+
+def model_call(text, timestep=0.0):
+    def forward(x, timestep, text): ...
+
+    return Call("Model", TimestepReader(forward), (), {"x": torch.zeros(1), "timestep": timestep, "text": text})
+
+
+def entered(clock, text, timestep=0.0):
+    clock.enter(model_call(text, timestep))
+    return clock.step, clock.stream
+
+
+@given(calls=st.lists(st.integers(0, 3), min_size=2, max_size=8))
+def test_any_number_of_calls_makes_one_step(calls):
+    pipeline, shared = Pipeline(), SchedulerClock(len(calls))
+    clock = DenoiserClock(shared)
+    shared.attach(pipeline)
+    texts = [torch.zeros(1) for _ in range(3)]
+    for run in range(2):
+        pipeline.scheduler.set_timesteps(len(calls))
+        for step, count in enumerate(calls):
+            seen = [entered(clock, texts[i]) for i in range(count)]
+            assert seen == [(step, (None, i)) for i in range(count)]
+            pipeline.scheduler.step(0.0, 0.0, 0.0)
+        assert clock.steps_begun == (run + 1) * sum(count > 0 for count in calls)
+        assert shared.unfinished == 0
+
+
+@given(steps=st.lists(st.permutations(range(3)), min_size=2, max_size=6), absent=st.data())
+def test_a_stream_is_known_by_a_tensor_that_stays(steps, absent):
+    pipeline, shared = Pipeline(), SchedulerClock(len(steps))
+    clock = DenoiserClock(shared)
+    shared.attach(pipeline)
+    pipeline.scheduler.set_timesteps(len(steps))
+    texts = [torch.zeros(1) for _ in range(3)]
+    streams = {}
+    for index, order in enumerate(steps):
+        for which in order:
+            if index and absent.draw(st.booleans()):
+                continue
+            _, stream = entered(clock, texts[which])
+            assert streams.setdefault(which, stream) == stream
+        pipeline.scheduler.step(0.0, 0.0, 0.0)
+    assert len(set(streams.values())) == 3
+
+
+def test_the_scheduler_is_watched_through_a_subclass_that_comes_off_again():
+    pipeline, clocks = Pipeline(), [SchedulerClock(3), SchedulerClock(3)]
+    for clock in clocks:
+        clock.attach(pipeline)
+    assert type(pipeline.scheduler) is not Scheduler and type(pipeline.scheduler).__name__ == "Scheduler"
+    with pytest.raises(StepError, match="Scheduler was set to 4 timesteps, but the schedule has 3 steps"):
+        pipeline.scheduler.set_timesteps(4)
+    clocks[0].detach()
+    assert type(pipeline.scheduler) is not Scheduler
+    clocks[1].detach()
+    assert type(pipeline.scheduler) is Scheduler
+    pipeline.scheduler.set_timesteps(4)
+
+
+def test_two_runs_that_take_turns_are_computed_in_full():
+    first, second, shared = Pipeline(), Pipeline(), SchedulerClock(3)
+    clock = DenoiserClock(shared)
+    for pipeline in (first, second):
+        shared.attach(pipeline)
+        pipeline.scheduler.set_timesteps(3)
+    text = torch.zeros(1)
+    entered(clock, text)
+    first.scheduler.step(0.0, 0.0, 0.0)  # the second run's was next
+    trajectories = set()
+    for _ in range(3):
+        assert entered(clock, text) == (0, None)
+        trajectories.add(clock.trajectory)
+    assert len(trajectories) == 3, "no call finds a cache"

@@ -88,22 +88,22 @@ def test_a_branch_that_a_break_cuts_in_two_is_told():
     model = CutBlock().eval()
     explanation = smoothcache.explain(model, *inputs())
     assert [site.kind for site in explanation.sites] == ["ffn"]
-    assert explanation.graphs == 2 and explanation.cut_share == 0.5
+    assert explanation.graphs == 2 and explanation.lost_share == 0.5
     (place,) = explanation.breaks
     assert place.startswith("test_explain.py:") and "torch._dynamo.graph_break()" in place
-    assert "50.0% of the FLOPs lie in branches that this cuts in two" in str(explanation)
+    assert "50.0% of the FLOPs are work of blocks that lies in no site" in str(explanation)
     smoothcache.compile(model, Schedule(2, {"ffn": [1, 0]}), backend="eager")
     with torch.no_grad():
         model(*inputs())
     report = smoothcache.report(model)
-    assert report.breaks == explanation.breaks and report.cut_share == 0.5
+    assert report.breaks == explanation.breaks and report.lost_share == 0.5
     assert "50.0%" in str(report) and place in str(report)
 
 
 def test_a_break_between_branches_cuts_nothing():
     explanation = smoothcache.explain(Stack(2, broken=True).eval(), *inputs())
-    assert explanation.breaks and explanation.cut_share == 0.0
-    assert "graph breaks (0.0%" in str(explanation)
+    assert explanation.breaks and explanation.lost_share < 0.1, "no more than the modulation"
+    assert "graph breaks (" in str(explanation)
     whole = smoothcache.explain(Stack(2).eval(), *inputs())
     assert not whole.breaks and "graph break" not in str(whole)
 

@@ -20,6 +20,16 @@ def sites_of(model: nn.Module, *args: torch.Tensor, backend: str = "eager"):
     return find_sites(program.builder.captured.graph)
 
 
+def analyze_of(model: nn.Module, *args: torch.Tensor):
+    (program,) = capture(model.eval(), *args)
+    return analyze(program.builder.captured.graph)
+
+
+class Mlp(nn.Sequential):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width))
+
+
 class Residual(nn.Module):
     """``x + branch(x)`` for any branch."""
 
@@ -161,7 +171,7 @@ def test_a_residual_on_the_conditioning_vector_is_no_site():
             self.embed, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
 
         def forward(self, x, c):
-            c = c + self.embed(F.silu(c))
+            c = c + self.embed(F.silu(self.out(c)))
             return self.out(x) * c[:, None]
 
     (program,) = capture(Model().eval(), *inputs())
@@ -181,11 +191,6 @@ def test_a_residual_around_residuals_is_no_site():
     (program,) = capture(LongSkip().eval(), *inputs())
     sites, rejections = analyze(program.builder.captured.graph)
     assert len(sites) == 4 and any("spans the residual add" in r.reason for r in rejections)
-
-
-class Mlp(nn.Sequential):
-    def __init__(self, width: int = 16) -> None:
-        super().__init__(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width))
 
 
 def test_a_feed_forward_that_skips_its_blocks_attention_is_a_site_of_its_own():
@@ -225,6 +230,144 @@ def test_a_projections_own_residual_is_a_part_of_the_branch_around_it():
         "mix",
     }
     assert site.gates == (((2, 1, 16),),)
+
+
+def test_a_projection_with_a_residual_is_no_site():
+    """``conv(x) + x`` on raw latents, as Stable Audio has it: cached, it would hand out the last step's latents."""
+    sites, rejections = analyze_of(Residual(lambda block, x, c: block.first(x)), *inputs())
+    assert not sites and "a projection and no more" in rejections[0].reason
+
+
+def test_packed_tokens_without_a_batch_are_tokens():
+    """Cosmos 3 packs all sequences into ``[tokens, width]``; what attention mixes is no conditioning vector."""
+
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn, self.mlp = Attention(16, 2), Mlp()
+
+        def forward(self, x):
+            x = x + self.attn(x[None])[0]
+            return x + self.mlp(x)
+
+    assert [site.name for site in sites_of(Packed(), torch.randn(6, 16))] == ["attn", "mlp"]
+
+
+def test_a_residual_beside_other_work_of_a_branch_is_a_part_of_it():
+    """Motif-Video's single stream: cross-attention is added to attention's output, and an MLP runs beside both."""
+
+    class SingleStream(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn, self.cross, self.up, self.out = (
+                Attention(16, 2),
+                Attention(16, 2),
+                nn.Linear(16, 32),
+                nn.Linear(48, 16),
+            )
+
+        def forward(self, x, c):
+            y = self.attn(x)
+            y = y + self.cross(y)
+            return x + c[:, None] * self.out(torch.cat((y, F.gelu(self.up(x))), dim=-1))
+
+    (site,) = sites_of(SingleStream(), *inputs())
+    assert site.kind == "attn_ffn" and site.gates == (((2, 1, 16),),)
+
+
+def test_cross_attention_on_attentions_output_is_a_site_of_its_own():
+    """``x + attn(x) + cross(attn(x))``: reused attention feeds the cross-attention from its cache."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn, self.query, self.key, self.out = Attention(16, 2), *(nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x, text):
+            y = self.attn(x)
+            query, key = self.query(y), self.key(text)
+            return x + y + self.out((query @ key.transpose(1, 2)).softmax(-1) @ key)
+
+    first, second = sites_of(Block(), inputs()[0], torch.randn(2, 4, 16))
+    assert (first.kind, second.kind) == ("attn", "cross_attn")
+    assert first.outputs[0] not in second.region and not set(first.weights) & set(second.weights)
+
+
+def test_attention_with_a_recurrence_or_projected_queries_is_attention():
+    """What is activated and joins before the last attention makes its queries: no feed-forward."""
+
+    def rotated(block, x, c):
+        query, key = block.first(x), block.second(x)
+        mixed = query @ (query.transpose(1, 2) @ key)
+        query = torch.cat((mixed[..., :8], F.relu(key)[..., 8:]), dim=-1)
+        return (query @ key.transpose(1, 2)).softmax(-1) @ key
+
+    (site,) = sites_of(Residual(rotated), *inputs())
+    assert site.kind == "attn"
+
+
+def test_what_only_has_the_shape_of_the_stream_does_not_descend_from_it():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = Mlp()
+
+        def forward(self, x):
+            return x + self.mlp(torch.ones_like(x))
+
+    sites, rejections = analyze_of(Shifted(), inputs()[0])
+    assert not sites and "constant" in rejections[0].reason
+
+
+def test_experts_share_the_tokens_that_are_split_among_them():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(Mlp() for _ in range(4))
+
+        def forward(self, x, counts):
+            parts = x.flatten(0, 1).split(counts.tolist())
+            done = [expert(part) for expert, part in zip(self.experts, parts, strict=True)]
+            return x + torch.cat(done).view(x.shape)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        (site,) = sites_of(Experts(), inputs()[0], torch.tensor([3, 3, 3, 3]))
+    assert site.flops == sum(2 * 3 * (16 * 32 + 32 * 16) for _ in range(4))
+
+
+def test_a_skip_path_may_be_scaled():
+    """``scale * x + branch(x)``: a learned scale of the stream, or DeepNorm's constant one."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.attn, self.mlp = nn.Parameter(torch.randn(16)), Attention(16, 2), Mlp()
+
+        def forward(self, x, c):
+            x = self.scale * x + self.attn(x)
+            return 0.8 * x + c[:, None] * self.mlp(x)
+
+    assert [site.name for site in sites_of(Block(), *inputs())] == ["attn", "mlp"]
+
+
+def test_a_branch_may_be_corrected_by_a_function_of_itself():
+    """stable-audio-tools scales an attention's mean over the tokens apart from the rest."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn, self.low, self.high = (
+                Attention(16, 2),
+                nn.Parameter(torch.randn(16)),
+                nn.Parameter(torch.randn(16)),
+            )
+
+        def forward(self, x, c):
+            y = self.attn(x)
+            mean = y.mean(1, keepdim=True)
+            return x + (y + self.low * mean + self.high * (y - mean))
+
+    assert [site.kind for site in sites_of(Block(), *inputs())] == ["attn"]
 
 
 def test_residuals_on_what_depends_on_the_timestep_alone_are_no_sites():

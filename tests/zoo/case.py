@@ -43,7 +43,7 @@ class ZooCase:
             or from which the branch is computed by norms and projections alone: every attention and every
             feed-forward of every block, refiners' too.
         unfound: patterns of attention or feed-forward modules that are no residual branch, or whose output nothing
-            uses (the last block's text) -> the reason. They are left out of ``branches``.
+            uses (the last block's text) -> the reason; ``ff#2`` is a module's second call. Their kind is ''.
         calls: patterns of modules called more than once in a call of the model -> how often.
     """
 
@@ -70,10 +70,10 @@ class ZooCase:
                 if not found:
                     raise ValueError(f"{self.name} has no module {pattern!r}")
                 for name in found:
-                    if any(matches(name, unfound) for unfound in self.unfound):
-                        continue
                     for call in range(self.calls.get(pattern, 1)):
-                        branches[f"{name}#{call + 1}" if call else name] = Branch(name, kind, matmuls=0, call=call)
+                        label = f"{name}#{call + 1}" if call else name
+                        unfound = any(matches(label, pattern) for pattern in self.unfound)
+                        branches[label] = Branch(name, "" if unfound else kind, matmuls=0, call=call)
         return Case(self.name, self.make, self.latents, self.conditioning, self.call, branches)
 
     @property
