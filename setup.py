@@ -28,6 +28,9 @@ TEST = [
     "setuptools>=70.1",
     "wheel",
 ]
+# Models of other authors that tests/external tries. Their packages ask for far more than the models need, so these
+# come without dependencies: pip install --no-deps timm k-diffusion stable-audio-tools f5-tts
+EXTERNAL = ["einops", "einx", "loguru", "torch-einops-utils", "torchao", "x-transformers"]
 
 setup(
     name="smoothcache_fx",
@@ -43,6 +46,6 @@ setup(
     package_dir={"smoothcache_fx.passes": "passes", "smoothcache_fx.kernels": "kernels"},
     package_data={"smoothcache_fx.demo": ["digits_dit.safetensors"]},
     install_requires=["torch>=2.11", "numpy", "triton; platform_system == 'Linux'"],
-    extras_require={"demo": DEMO, "diffusers": DIFFUSERS, "plot": PLOT, "test": TEST},
+    extras_require={"demo": DEMO, "diffusers": DIFFUSERS, "external": EXTERNAL, "plot": PLOT, "test": TEST},
     entry_points={"torch_dynamo_backends": ["smoothcache = smoothcache_fx.backend:smoothcache_backend"]},
 )

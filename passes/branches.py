@@ -36,19 +36,19 @@ class Branch:
     gates: list[tuple[int, ...]] = field(default_factory=list)
 
 
-def addends(node: Node) -> tuple[Node, Node] | None:
-    """The two tensors of a plain sum, or None."""
-    if node.op != "call_function":
-        return None
-    if packet(node) is aten.add and node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2:
-        left, right = node.args
-        if isinstance(left, Node) and isinstance(right, Node):
-            return left, right
-    return None
+def addends(node: Node) -> tuple[Node, ...]:
+    """The tensors that a node sums up, or nothing.
+
+    ``addcmul(x, gate, y)``, a sum and a product in one, has three: which of the factors is a branch and which a gate
+    is told by what they are computed from.
+    """
+    if node.op != "call_function" or packet(node) not in (aten.add, aten.addcmul):
+        return ()
+    return node.args if all(isinstance(arg, Node) for arg in node.args) else ()
 
 
 def is_sum(node: Node) -> bool:
-    return addends(node) is not None and tensor_value(node) is not None
+    return bool(addends(node)) and tensor_value(node) is not None
 
 
 def continues(add: Node) -> bool:
@@ -56,7 +56,9 @@ def continues(add: Node) -> bool:
     if len(add.users) != 1:
         return False
     (user,) = add.users
-    return is_sum(user) and tensor_value(user).shape == tensor_value(add).shape
+    if not is_sum(user) or (packet(user) is aten.addcmul and add in user.args[1:]):
+        return False
+    return tensor_value(user).shape == tensor_value(add).shape
 
 
 def _leaves(node: Node) -> list[Node]:
@@ -75,14 +77,13 @@ SUMS_IN_A_BLOCK = 2
 def branches_of(facts: GraphFacts, add: Node, taken: dict[Node, list[Branch]]) -> tuple[list[Branch], str]:
     """The branches that a residual add sums up, or none and the reason; ``taken`` has the branches of earlier adds."""
     leaves = _leaves(add)
-    if any(leaf not in facts.activations for leaf in leaves) and len(leaves) == 2:
-        return [], "adds a parameter or a constant"
     bases = {leaf: through_views(leaf) for leaf in leaves}
     if not (leading := _leading(facts, bases)):
         bases = {leaf: _unscaled(facts, leaf, base, bases) for leaf, base in bases.items()}
         leading = _leading(facts, bases)
     if not leading:
-        return [], "neither operand is computed from the other"
+        fixed = any(leaf not in facts.activations for leaf in leaves)
+        return [], "adds a parameter or a constant" if fixed else "neither operand is computed from the other"
     # With several, a summand belongs to the nearest that a branch leads to it from: in x0 + x + branch(x) that is x,
     # in x + y + cross(y) with y = attn(x) there is one branch from y and one from x.
     reasons: list[str] = []
@@ -242,11 +243,11 @@ def _terms(facts: GraphFacts, add: Node, skip_leaf: Node, skip: Node) -> list[No
 
 
 def _sides_share_work(facts: GraphFacts, add: Node, skip: Node) -> bool:
-    left, right = (
+    left, *others = (
         {node for node in facts.between(skip, side) if facts.bears_weight(node) or facts.mixes_activations(node)}
         for side in addends(add)
     )
-    return bool(left & right)
+    return any(left & other for other in others)
 
 
 def kind_of(facts: GraphFacts, branch: Branch) -> str:
@@ -277,7 +278,7 @@ def _holds_feed_forward(facts: GraphFacts, branch: Branch) -> bool:
         if node in branch.attention or parents & after_attention:
             after_attention.add(node)
             joined = activated | down if packet(node) in (aten.cat, aten.stack) else down
-            joins = packet(node) in (aten.cat, aten.stack, aten.add) and parents & joined
+            joins = packet(node) in (aten.cat, aten.stack, aten.add, aten.addcmul) and parents & joined
             if joins and not any(facts.descends(later, node) for later in branch.attention):
                 return True
             continue
@@ -293,16 +294,23 @@ def _holds_feed_forward(facts: GraphFacts, branch: Branch) -> bool:
 def walk_back_to_output(facts: GraphFacts, branch: Branch) -> None:
     """From the add back through gates, layer scales, views and casts to the value to cache."""
     node, inside = branch.term, set(branch.region)
+    for user in node.users:
+        if packet(user) is aten.addcmul and node in user.args[1:] and (user is branch.add or continues(user)):
+            branch.gates.extend(_shape(factor) for factor in user.args[1:] if factor is not node)
     while True:
         if is_view_or_cast(node) and node.args[0] in inside and not depends_on_data(tensor_value(node.args[0])):
             node = node.args[0]
         elif is_product(node) and (factors := _product_of_branch_and_gate(node, inside)):
             node, gate = factors
-            if isinstance(gate, Node) and (value := tensor_value(gate)) is not None:
-                branch.gates.append(tuple(concrete(size) for size in value.shape))
+            if isinstance(gate, Node) and tensor_value(gate) is not None:
+                branch.gates.append(_shape(gate))
         else:
             branch.output = node
             return
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(concrete(size) for size in tensor_value(node).shape)
 
 
 def _product_of_branch_and_gate(node: Node, inside: set[Node]) -> tuple[Node, object] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch.fx import GraphModule
 
 from .backend import Program, Session, breaks_of, plan_sites, share_outside
 from .clock import Clock
-from .compiler import CompiledForward, check_inference, compiled_forward, no_sites_error
 from .errors import CompiledError
+from .forward import ForwardPlace, check_inference, compiled_forward, forward_of, no_sites_error
 from .inner import inner_compiler
 from .passes.facts import tensor_value
 from .passes.flops import concrete
@@ -150,13 +151,11 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    forward = model.__dict__.get("forward")
-    original = forward.original if isinstance(forward, CompiledForward) else model.forward
     check_inference(model, args, kwargs)
     session = Session(Schedule(steps=1), inner_compiler("eager", None, None, None), Clock(1), model)
     session.clock.tick()
-    with torch.no_grad():
-        Traced(original, session)(*args, **kwargs)
+    with torch.no_grad(), _forward_replaced(model, session) as forward:
+        forward(*args, **kwargs)
     sites = [
         _explain_site(program, index, info)
         for program in session.programs
@@ -164,7 +163,7 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
         for index, info in enumerate(binding.sites)
     ]
     if not sites:
-        raise no_sites_error(model, session.programs)
+        raise no_sites_error(model, session)
     breaks = breaks_of(session)
     result = Explanation(
         model=type(model).__name__,
@@ -183,6 +182,21 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
         result.variants, result.mac_ratio = _predict(session.programs, schedule)
     session.close()
     return result
+
+
+@contextlib.contextmanager
+def _forward_replaced(model: torch.nn.Module, session: Session) -> Iterator[Callable[..., Any]]:
+    """The model's forward captured for the session, with the hooks around it that move weights between devices."""
+    place, compiled = ForwardPlace(model), forward_of(model)
+    traced = Traced(place.forward if compiled is None else compiled.original, session)
+    if compiled is not None and place.forward is not compiled:
+        yield traced  # somebody has wrapped the compiled forward
+        return
+    place.put(traced)
+    try:
+        yield model.forward
+    finally:
+        place.put(place.forward)
 
 
 def _explain_site(program: Program, index: int, info: SiteInfo) -> SiteExplanation:

@@ -16,8 +16,9 @@ from .backend import Session
 from .build import GraphBuilder
 from .calibration import Calibration
 from .clock import Call, Clock, TimestepReader
-from .compiler import ForwardPlace, check_compilable, check_inference, no_sites_error
+from .compiler import check_compilable
 from .errors import CalibrationError
+from .forward import ForwardPlace, check_inference, no_sites_error
 from .inner import inner_compiler
 from .kernels import relative_l1
 from .passes import observe
@@ -171,7 +172,7 @@ class _ObservedForward:
         with torch.no_grad():
             output = self._compiled(*args, **kwargs)
         if not self.recorder.sites:
-            raise no_sites_error(self.model, self.recorder.programs)
+            raise no_sites_error(self.model, self.recorder)
         self.lengths[-1] += 1
         self.progress.update()
         return output

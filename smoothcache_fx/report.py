@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .backend import Program, breaks_of, share_outside
-from .compiler import CompiledForward, compiled_forwards
+from .forward import CompiledForward, compiled_forwards
 from .tables import format_bytes, format_table
 
 

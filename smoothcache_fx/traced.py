@@ -38,9 +38,13 @@ class Traced:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._other is None:
             return self._call(*args, **kwargs)
-        inputs = copy.deepcopy((args, kwargs))  # the call may write to its own
+        try:
+            inputs = copy.deepcopy((args, kwargs))  # the call may write to its own
+        except Exception as error:  # noqa: BLE001 - whatever the caller's objects raise
+            log.info("captured in one way only, since the inputs cannot be copied: %s", error)
+            inputs = None
         output = self._call(*args, **kwargs)
-        if breaks_of(self.session) and share_outside(self.session) >= WORTH_A_TRY:
+        if inputs is not None and breaks_of(self.session) and share_outside(self.session) >= WORTH_A_TRY:
             self._try_other(*inputs)
         self._other = None
         return output

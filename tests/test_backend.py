@@ -17,7 +17,7 @@ from capture import Attention, Block, Stack, inputs
 from cases import randomize
 from oracle import Oracle
 from smoothcache_fx import NoSitesError, Schedule, ScheduleError
-from smoothcache_fx.compiler import compiled_forward
+from smoothcache_fx.forward import compiled_forward
 
 
 class Branch:
@@ -159,7 +159,7 @@ def test_sizes_that_depend_on_data_break_the_graph_where_that_keeps_more_in_site
             model, lambda m: [m(x + i, text, mask) for i in range(4)], lags=lags, steps=4, progress=False
         )
         counts = {site.name: site.count.tolist() for site in calibration.sites}
-        assert counts == dict.fromkeys(("ffn", "mlp"), [[0, 1, 1, 1], [0, 0, 1, 1]])
+        assert counts == {name: [[0, 1, 1, 1], [0, 0, 1, 1]] for name in ("ffn", "mlp")}
         return
     smoothcache.compile(model, Schedule(2, {"ffn": [1, 0]}), backend="eager")
     with torch.no_grad():

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 
 import smoothcache_fx as smoothcache
 from capture import Stack, inputs
@@ -106,6 +107,44 @@ def test_a_break_between_branches_cuts_nothing():
     assert "graph breaks (" in str(explanation)
     whole = smoothcache.explain(Stack(2).eval(), *inputs())
     assert not whole.breaks and "graph break" not in str(whole)
+
+
+class ToFloat32(ModelHook):
+    """Stands for the hooks that move inputs to where the weights are."""
+
+    def pre_forward(self, module, *args, **kwargs):
+        return [arg.float() for arg in args], kwargs
+
+
+@pytest.mark.parametrize("compiled", ["never", "before", "after"])
+def test_explain_runs_inside_of_accelerates_hooks(model, compiled):
+    wide = [value.double() for value in inputs()]
+    if compiled == "before":
+        smoothcache.compile(model, Schedule(4, ROWS), backend="eager")
+    add_hook_to_module(model, ToFloat32())
+    if compiled == "after":
+        smoothcache.compile(model, Schedule(4, ROWS), backend="eager")
+    before = dict(vars(model))
+    assert len(smoothcache.explain(model, *wide).sites) == 6
+    assert vars(model) == before
+    assert model(*wide).shape == wide[0].shape
+    if compiled != "never":
+        assert smoothcache.report(model).calls == 1
+
+
+def test_a_model_without_sites_tells_where_the_graph_broke():
+    class Cut(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+
+        def forward(self, x):
+            y = self.up(x).relu()
+            torch._dynamo.graph_break()
+            return x + self.down(y)
+
+    with pytest.raises(NoSitesError, match=r"(?s)in 2 captured.*graph broke at\n  test_explain.py:\d+"):
+        smoothcache.explain(Cut().eval(), torch.randn(2, 6, 16))
 
 
 def test_explain_refuses(model):

@@ -9,7 +9,21 @@ from zoo.catalog import CASES, NOT_RUN
 from zoo.check import check
 from zoo.guess import guess
 
-DOZEN = ["SD3Transformer2DModel", "FluxTransformer2DModel"]
+#: One for each way in which such models are built.
+DOZEN = [
+    "SD3Transformer2DModel",  # joint attention, the last block ends the text
+    "Flux2Transformer2DModel",  # single streams with one projection in and one out
+    "CogView4Transformer2DModel",  # one feed-forward called for image and text
+    "WanTransformer3DModel",  # float32 stream with casts
+    "HunyuanVideo15Transformer3DModel",  # a graph per block after a break, text refiner
+    "MochiTransformer3DModel",  # sizes that depend on data
+    "SanaWMTransformer3DModel",  # linear attention with a recurrence, permuted feed-forward
+    "MotifVideoTransformer3DModel",  # cross-attention on attention's output
+    "NucleusMoEImageTransformer2DModel",  # routed experts
+    "Cosmos3OmniTransformer",  # packed tokens without a batch
+    "StableAudioDiTModel",  # no gates, projections around it
+    "ZImageTransformer2DModel",  # lists in and out, tanh gates, post-norms
+]
 
 
 @pytest.mark.parametrize("name", DOZEN)

@@ -23,6 +23,8 @@ ROWS = {
     "attn_ffn": (1, 0, 0, 1, 1, 0, 0),
 }
 STEPS = len(ROWS["attn"])
+#: Before the kind of a module that shares its site with another one.
+JOINED = "joined to "
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class ZooCase:
         branches: kind -> patterns (``*`` for one name) of the submodules whose output is a branch before its gate,
             or from which the branch is computed by norms and projections alone: every attention and every
             feed-forward of every block, refiners' too.
+        joined: kind -> patterns of modules that are one branch with one of those, as in ``x + gate * (attn + ff)``.
         unfound: patterns of attention or feed-forward modules that are no residual branch, or whose output nothing
             uses (the last block's text) -> the reason; ``ff#2`` is a module's second call. Their kind is ''.
         calls: patterns of modules called more than once in a call of the model -> how often.
@@ -53,6 +56,7 @@ class ZooCase:
     conditioning: Callable[[Generator], dict[str, Tensor]]
     call: Callable[[nn.Module, Tensor, float, Mapping[str, Tensor]], Tensor]
     branches: Mapping[str, tuple[str, ...]]
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unfound: Mapping[str, str] = field(default_factory=dict)
     calls: Mapping[str, int] = field(default_factory=dict)
 
@@ -64,7 +68,8 @@ class ZooCase:
         with torch.device("meta"):
             names = [name for name, _ in self.make().named_modules()]
         branches = {}
-        for kind, patterns in self.branches.items():
+        joined = [(f"{JOINED}{kind}", patterns) for kind, patterns in self.joined.items()]
+        for kind, patterns in (*self.branches.items(), *joined):
             for pattern in patterns:
                 found = [name for name in names if matches(name, pattern)]
                 if not found:

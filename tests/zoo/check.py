@@ -16,10 +16,10 @@ import smoothcache_fx as smoothcache
 from cases import Case, run_trajectory
 from oracle import Oracle
 from smoothcache_fx import Schedule
-from smoothcache_fx.compiler import compiled_forward
+from smoothcache_fx.forward import compiled_forward
 from tolerances import tolerance, worst
 
-from .case import ROWS, STEPS, ZooCase
+from .case import JOINED, ROWS, STEPS, ZooCase
 
 #: PyTorch's counter has no formula for it.
 FLASH_FOR_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -83,13 +83,15 @@ def check(zoo: ZooCase, *, backend: str = "eager", dtype: torch.dtype = torch.fl
     start = time.perf_counter()
     case = zoo.case()
     kinds = {name: branch.kind for name, branch in case.branches.items() if branch.kind}
-    listed = Counter(kinds.values())
+    listed = Counter(kind for kind in kinds.values() if not kind.startswith(JOINED))
     outcome = Outcome(zoo.name, dict(sorted(listed.items())), unfound=dict(zoo.unfound))
     run: dict[str, Any] = {"steps": STEPS, "seed": 1, "dtype": dtype}
-    model = case.build(0, dtype)
+    model = case.build(0, dtype).requires_grad_(False)
     plain = run_trajectory(case, model, **run)
     blocks, total = eager_flops(case, zoo, model, dtype)
-    with Oracle(model, case.branches, {name: ROWS[kind] for name, kind in kinds.items()}) as oracle:
+    with Oracle(
+        model, case.branches, {name: ROWS[kind.removeprefix(JOINED)] for name, kind in kinds.items()}
+    ) as oracle:
         expected = run_trajectory(case, model, around=oracle.step, **run)
     smoothcache.compile(model, Schedule(STEPS, ROWS), backend=backend)
     actual = run_trajectory(case, model, **run)

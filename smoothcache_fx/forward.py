@@ -1,0 +1,211 @@
+"""The forward that stands in a compiled module's place, where that place is, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .backend import Session, breaks_of, check_selectors
+from .clock import Call, TimestepReader
+from .errors import CompiledError, NoSitesError
+from .pipelines import denoisers, is_pipeline
+from .scheduler_clock import DenoiserClock
+
+log = logging.getLogger(__name__)
+
+# The compiled forward of each compiled model, wherever hooks that were put on later have moved it. The model holds
+# it; a reference from here would hold the model.
+_forwards = WeakIdKeyDictionary()
+
+
+class CompiledForward:
+    """What stands in a compiled module's ``forward``: moves the clock, then calls the compiled original.
+
+    Attributes:
+        model: the module.
+        original: its own forward, uncompiled.
+        session: programs, schedule and clock.
+        enabled: whether calls are cached and compiled; ``disabled(model)`` clears it for a while.
+        calls, uncompiled_calls: how many there were, and how many of them Dynamo declined to compile.
+        peers: the compiled forwards that the schedule was given for: all denoisers of a pipeline.
+        settings: what ``compile`` was called with.
+    """
+
+    def __init__(
+        self, place: ForwardPlace, session: Session, compiled: Callable[..., Any], settings: Mapping[str, Any]
+    ) -> None:
+        functools.update_wrapper(self, place.forward, updated=())
+        self.model = place.model
+        self.original = place.forward
+        self.session = session
+        self.enabled = True
+        self.calls = 0
+        self.uncompiled_calls = 0
+        self.peers = [self]
+        self.settings = settings
+        self.undo_context: Callable[[], None] = lambda: None
+        self._compiled = compiled
+        self._timestep = TimestepReader(self.original)
+        self._checked_programs = 0
+
+    def install(self, place: ForwardPlace) -> None:
+        place.put(self)
+        _forwards[self.model] = weakref.ref(self)
+
+    def uninstall(self) -> None:
+        self.enabled = False  # hooks that were put on later may go on calling it
+        place = ForwardPlace(self.model)
+        if place.forward is self:
+            place.put(self.original)
+        self.undo_context()
+        self.session.close()
+        del _forwards[self.model]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.enabled:
+            return self.original(*args, **kwargs)
+        check_inference(self.model, args, kwargs)
+        clock = self.session.clock
+        clock.enter(Call(type(self.model).__name__, self._timestep, args, kwargs))
+        try:
+            with torch.no_grad():
+                output = self._compiled(*args, **kwargs)
+            if len(self.session.programs) != self._checked_programs:
+                self._check_sites()
+        except BaseException:
+            clock.abandon()
+            raise
+        self.calls += 1
+        if self.session.ran_at != clock.serial:
+            self._note_uncompiled_call()
+        return output
+
+    def _note_uncompiled_call(self) -> None:
+        if not self.uncompiled_calls:
+            log.warning(
+                "Dynamo ran %s uncompiled and so uncached, most likely since it hit its recompile limit: see "
+                "TORCH_LOGS=recompiles for what changes between calls, or raise torch._dynamo.config.recompile_limit",
+                type(self.model).__name__,
+            )
+        self.uncompiled_calls += 1
+
+    def _check_sites(self) -> None:
+        """After the first call every graph of the model is known: does the schedule fit it?"""
+        if not self._sites():
+            raise no_sites_error(self.model, self.session)
+        known = [peer._sites() for peer in self.peers]
+        if all(known):
+            check_selectors(self.session.schedule, [site for sites in known for site in sites])
+        self._checked_programs = len(self.session.programs)
+
+    def _sites(self) -> list[Any]:
+        return [site for program in self.session.programs for binding in program.bindings for site in binding.sites]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise CompiledError(
+            "a compiled model cannot be copied: the copy would run this one's weights. Call smoothcache.remove(model) "
+            "first, then copy it and compile the copy"
+        )
+
+    def __reduce__(self) -> Any:
+        raise CompiledError(
+            "a compiled model cannot be pickled. Save its state_dict(), or call smoothcache.remove(model) first"
+        )
+
+
+class ForwardPlace:
+    """Where a module keeps the forward that is to be replaced.
+
+    accelerate's hooks (``enable_model_cpu_offload``) put themselves in ``forward`` and the module's own in
+    ``_old_forward``. They must stay outside of what is compiled: they move the weights.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        hooked = "_hf_hook" in model.__dict__ and "_old_forward" in model.__dict__
+        self.attribute = "_old_forward" if hooked else "forward"
+        self.forward = getattr(model, self.attribute)
+
+    def put(self, forward: Callable[..., Any]) -> None:
+        """Set it, or take it off the instance where it is the class's own."""
+        own = getattr(forward, "__self__", None) is self.model and forward.__func__ is type(self.model).forward
+        if own and self.attribute == "forward":
+            self.model.__dict__.pop("forward", None)
+        else:
+            setattr(self.model, self.attribute, forward)
+
+
+def forward_of(model: torch.nn.Module) -> CompiledForward | None:
+    reference = _forwards.get(model)
+    return None if reference is None else reference()
+
+
+def compiled_forward(model: Any) -> CompiledForward:
+    """The model's compiled forward. Raises ``CompiledError`` if it has none."""
+    forward = forward_of(model) if isinstance(model, torch.nn.Module) else None
+    if forward is None:
+        raise CompiledError(f"{type(model).__name__} is not compiled: call smoothcache.compile(model, schedule) first")
+    return forward
+
+
+def compiled_forwards(model_or_pipeline: Any) -> dict[str, CompiledForward]:
+    """The compiled forward of a model (under an empty name), or those of a pipeline's denoisers by component name.
+
+    Raises ``CompiledError`` if it was not compiled, or of a pipeline only its model.
+    """
+    if not is_pipeline(model_or_pipeline):
+        return {"": compiled_forward(model_or_pipeline)}
+    forwards = {name: forward_of(model) for name, model in denoisers(model_or_pipeline).items()}
+    for name, forward in forwards.items():
+        clock = None if forward is None else forward.session.clock
+        if not isinstance(clock, DenoiserClock):
+            hint = "" if clock is None else f"; only its {name} is, by itself: give that"
+            name = type(model_or_pipeline).__name__
+            raise CompiledError(f"{name} is not compiled{hint}: call smoothcache.compile(pipeline, schedule) first")
+    return forwards
+
+
+def check_inference(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ``CompiledError`` for a call that wants gradients or the training mode's dropout."""
+    if model.training:
+        raise CompiledError(
+            f"{type(model).__name__} is in training mode, but caching is for inference: call model.eval() first"
+        )
+    for name, value in (*enumerate(args), *kwargs.items()):
+        if not isinstance(value, torch.Tensor) and isinstance(value, (list, tuple, dict)):
+            leaves = pytree.tree_leaves(value)
+        else:
+            leaves = (value,)
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                raise CompiledError(
+                    f"the input {name!r} requires gradients, but a cached branch has none: pass "
+                    "tensor.detach(), or call smoothcache.remove(model) to train it"
+                )
+
+
+def no_sites_error(model: torch.nn.Module, session: Session) -> NoSitesError:
+    """Says what was looked at, and why nothing of it can be cached."""
+    rejections = [rejection for program in session.programs for rejection in program.builder.rejections]
+    lines = [
+        f"  {r.node.name} in {r.module or 'the model'}{f' ({r.source})' if r.source else ''}: {r.reason}"
+        for r in rejections[:10]
+    ]
+    if len(rejections) > len(lines):
+        lines.append(f"  and {len(rejections) - len(lines)} more")
+    looked = "\n".join(lines) if lines else "  no add of two tensors was found at all"
+    breaks = "".join(f"\n  {place}" for place in breaks_of(session))
+    if breaks:
+        looked += f"\nGraph breaks may have cut branches in two; the graph broke at{breaks}"
+    return NoSitesError(
+        f"{type(model).__name__} has no residual branch that can be cached: in {len(session.programs)} captured "
+        f"graph(s) these adds were looked at:\n{looked}\nA site is x + f(x) with a matmul, convolution or custom op "
+        "that uses parameters in f: attention, or a feed-forward on a sequence of tokens."
+    )

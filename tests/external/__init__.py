@@ -1,0 +1,1 @@
+"""Diffusion Transformers outside of diffusers, as their authors' packages have them, and adapted linear layers."""
