@@ -85,6 +85,9 @@ def table(results: list[dict[str, Any]]) -> str:
             lines.append(f"- {result['name']}: {reason}")
     aside = [f"- {r['name']}, `{pattern}`: {why}" for r in ran for pattern, why in r["unfound"].items()]
     broken = [f"- {r['name']} ({r['lost_share']:.1%}): {place}" for r in ran for place in r["breaks"]]
+    whole = [f"- {r['name']}: {', '.join(r['whole'])}" for r in ran if r["whole"]]
+    if whole:
+        lines += ["", "## Run uncompiled, as one op each, since the graph would break inside", "", *whole]
     if aside:
         lines += ["", "## Rightly no site", "", *aside]
     if broken:
@@ -102,7 +105,10 @@ def _reason(result: dict[str, Any]) -> str:
         return f"not run: {result['not_run']}"
     if "failed" in result:
         return f"failed: {result['failed']}"
-    return "; ".join(result["problems"])
+    if not result["problems"]:
+        return ""
+    broken = "; ".join(dict.fromkeys(place.split(" ")[0] for place in result["breaks"]))
+    return "; ".join(result["problems"]) + (f"; the graph breaks at {broken} (see below)" if broken else "")
 
 
 def main() -> None:

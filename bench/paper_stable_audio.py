@@ -42,7 +42,7 @@ def main() -> None:
         decoder_input_channels=64,
         channel_multiples=[1, 1],
     )
-    projection = StableAudioProjectionModel(768, 0.0, 512.0)
+    projection = StableAudioProjectionModel(text_encoder_dim=768, conditioning_dim=768, min_value=0, max_value=512)
     vae, projection = (part.to(device, dtype).eval() for part in (vae, projection))
     scheduler = CosineDPMSolverMultistepScheduler(solver_order=2, prediction_type="v_prediction", sigma_data=1.0)
 

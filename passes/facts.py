@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, Node
 
-from .flops import _SDPA_WITHOUT_FORMULA
+from .flops import SDPA_WITHOUT_FORMULA
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -90,11 +90,16 @@ def is_attention_op(node: Node) -> bool:
     if node.op != "call_function":
         return False
     op = packet(node)
-    if op in _SDPA_WITHOUT_FORMULA:
+    if op in SDPA_WITHOUT_FORMULA:
         return True
     # Custom kernels (flash-attn, sage, xformers) and flex_attention are known by what they are called.
     name = getattr(op, "__name__", str(op))
     return "attention" in name or "attn" in name
+
+
+def is_whole_module(node: Node) -> bool:
+    """Whether the op stands for a module that is kept whole (``smoothcache_fx/whole.py``)."""
+    return str(packet(node)) == "smoothcache.whole_module"
 
 
 def is_opaque(node: Node) -> bool:
@@ -192,6 +197,9 @@ class GraphFacts:
 
     def mixes_activations(self, node: Node) -> tuple[Node, Node] | None:
         """Queries and keys of an attention op (or of a matmul of two activations), else None."""
+        if is_whole_module(node):
+            inputs, _, _, keys = node.args
+            return (inputs[0], inputs[keys]) if keys >= 0 else None
         if is_attention_op(node):
             tensors = [a for a in node.args if isinstance(a, Node) and a in self.activations]
             return (tensors[0], tensors[1]) if len(tensors) > 1 else None

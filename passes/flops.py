@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 aten = torch.ops.aten
 
 # PyTorch's own registry counts these attention ops as zero.
-_SDPA_WITHOUT_FORMULA = tuple(
+SDPA_WITHOUT_FORMULA = tuple(
     getattr(aten, name)
     for name in (
         "scaled_dot_product_attention",
@@ -82,7 +82,7 @@ def node_flops(node: Node, estimates: Mapping[Any, int]) -> int:
         return 0
     packet = getattr(node.target, "overloadpacket", node.target)
     shape_only = functools.partial(_shape_only, estimates=estimates)
-    if packet in _SDPA_WITHOUT_FORMULA:
+    if packet in SDPA_WITHOUT_FORMULA:
         query, key, value = (shape_only(arg) for arg in node.args[:3])
         return int(sdpa_flop_count(query.shape, key.shape, value.shape))
     formula = flop_registry.get(packet)

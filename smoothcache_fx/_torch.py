@@ -29,6 +29,10 @@ InnerCompile = Callable[..., Any]
 CompileError = torch._dynamo.exc.TorchDynamoException
 
 
+#: Of ops that wait for the device: Inductor keeps them out of CUDA graphs.
+HOST_SYNC_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
+
 def dynamo_compile(
     forward: Callable[..., Any], backend: Callable[..., Any], *, data_dependent_sizes: bool = False, **options: Any
 ) -> Callable[..., Any]:
@@ -36,6 +40,8 @@ def dynamo_compile(
 
     With ``data_dependent_sizes`` the graph does not break where a size depends on data, as after ``nonzero``.
     """
+    # Frames behind a graph break have code that other calls share: Dynamo tells whose graphs are whose by the backend.
+    backend = functools.partial(backend)
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
     else:
@@ -163,6 +169,14 @@ def graph_break(gm: GraphModule) -> tuple[str, str] | None:
         return first_line, "an unknown line"
     frame = reason.user_stack[-1]
     return first_line, f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.line or ''}".strip()
+
+
+def break_stack(gm: GraphModule) -> list[tuple[str, int]]:
+    """File and line of the frames that led to where the graph broke, outermost first; empty if it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return []
+    return [(frame.filename, frame.lineno) for frame in reason.user_stack]
 
 
 def dynamo_input_index(placeholder: Node) -> int | None:

@@ -35,6 +35,7 @@ class Frame:
 
     def __init__(self, gm: GraphModule, inputs: Sequence[Any], weight_names: Mapping[int, str]) -> None:
         self.graph_break = _torch.graph_break(gm)
+        self.break_stack = _torch.break_stack(gm)
         self._static_names: dict[int, str] = {}
         for index, (node, value) in enumerate(zip(placeholders(gm.graph), inputs, strict=True)):
             name = weight_names.get(id(value))
@@ -157,11 +158,13 @@ class Session:
         self.ran_at = 0
         #: Whether more than one graph has run in one call of the model.
         self.broken = False
-        self._root = root
+        #: Modules that stand as one op in the graph, by name, since it would break inside of them.
+        self.whole: tuple[str, ...] = ()
+        self.root = root
 
     def weight_names(self) -> dict[int, str]:
         """Qualified names of the root module's parameters and buffers, by the tensors' identity."""
-        return module_weight_names(self._root)
+        return module_weight_names(self.root)
 
     def plan(self, sites: Sequence[SiteInfo]) -> Plan:
         return plan_sites(self.schedule, sites)

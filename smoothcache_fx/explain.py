@@ -69,6 +69,7 @@ class Explanation:
         flops: of one uncached call.
         breaks: lines of the model that broke the graph, with the reason, and how many graphs ended there.
         lost_share: FLOPs of blocks that lie in no site, over ``flops``, where the graph broke.
+        whole: modules that are one op in the graph and run uncompiled, since the graph would break inside of them.
         variants, mac_ratio: for the schedule, if one was given: graphs to compile, and FLOPs of the uncached
             trajectory over those of the scheduled one.
     """
@@ -80,6 +81,7 @@ class Explanation:
     flops: int
     breaks: Counter[str] = field(default_factory=Counter)
     lost_share: float = 0.0
+    whole: tuple[str, ...] = ()
     variants: int | None = None
     mac_ratio: float | None = None
 
@@ -120,7 +122,7 @@ class Explanation:
         ]
         if self.mac_ratio is not None:
             lines.append(f"with this schedule: {self.variants} variants, MAC ratio {self.mac_ratio:.2f}")
-        lines.extend(describe_breaks(self.breaks, self.lost_share))
+        lines.extend(describe_breaks(self.breaks, self.lost_share, self.whole))
         lines.extend(self._rejected())
         return "\n".join(lines)
 
@@ -177,6 +179,7 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
         flops=sum(program.builder.flops * len(program.bindings) for program in session.programs),
         breaks=breaks,
         lost_share=share_outside(session) if breaks else 0.0,
+        whole=session.whole,
     )
     if schedule is not None:
         result.variants, result.mac_ratio = _predict(session.programs, schedule)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .backend import Program, breaks_of, share_outside
 from .forward import CompiledForward, compiled_forwards
+from .passes.names import group_of
 from .tables import format_bytes, format_table
 
 
@@ -35,6 +36,7 @@ class Report:
         graphs: graphs that the model was captured as; more than one means graph breaks or recompiles.
         breaks: lines of the model that broke the graph, with the reason, and how many graphs ended there.
         lost_share: FLOPs of blocks that lie in no site, over those of the model, where the graph broke.
+        whole: modules that are one op in the graph and run uncompiled, since the graph would break inside of them.
         uncompiled_calls: calls that Dynamo ran uncompiled, and so uncached.
         forced: site calls that were computed although the schedule said reuse, by reason.
         cache_bytes: cache buffers of all streams.
@@ -51,6 +53,7 @@ class Report:
     graphs: int
     breaks: Counter[str] = field(default_factory=Counter)
     lost_share: float = 0.0
+    whole: tuple[str, ...] = ()
     uncompiled_calls: int = 0
     forced: Counter[str] = field(default_factory=Counter)
     cache_bytes: int = 0
@@ -77,7 +80,7 @@ class Report:
             f"MAC ratio {self.mac_ratio:.2f}, caches {format_bytes(self.cache_bytes)}",
             f"{self.graphs} graph{'s' if self.graphs != 1 else ''}, {self.variants} variants, compiled in {seconds} s",
         ]
-        lines.extend(describe_breaks(self.breaks, self.lost_share))
+        lines.extend(describe_breaks(self.breaks, self.lost_share, self.whole))
         if self.uncompiled_calls:
             lines.append(f"{self.uncompiled_calls} calls ran uncompiled and uncached: Dynamo hit its recompile limit")
         if self.forced:
@@ -86,8 +89,12 @@ class Report:
         return "\n".join(lines)
 
 
-def describe_breaks(breaks: Mapping[str, int], lost_share: float) -> Iterator[str]:
-    """Lines about graph breaks; none where there are none."""
+def describe_breaks(breaks: Mapping[str, int], lost_share: float, whole: Sequence[str]) -> Iterator[str]:
+    """Lines about graph breaks and what was done against them; none where there are none."""
+    if whole:
+        groups = Counter(map(group_of, whole))
+        listed = ", ".join(f"{group} ({count})" if count > 1 else group for group, count in groups.items())
+        yield f"run uncompiled, as one op each, since the graph would break inside: {listed}"
     if breaks:
         lost = f"{lost_share:.1%} of the FLOPs are work of blocks that lies in no site, and is done at every step"
         yield f"graph breaks ({lost}):"
@@ -113,6 +120,7 @@ def report(model_or_pipeline: Any) -> Report:
         total.compile_seconds += other.compile_seconds
         total.graphs += other.graphs
         total.breaks += other.breaks
+        total.whole += other.whole
         total.lost_share = max(total.lost_share, other.lost_share)
         total.uncompiled_calls += other.uncompiled_calls
         total.forced += other.forced
@@ -148,6 +156,7 @@ def _report(forward: CompiledForward, prefix: str) -> tuple[Report, int, int]:
         graphs=len(session.programs),
         breaks=breaks,
         lost_share=share_outside(session) if breaks else 0.0,
+        whole=session.whole,
         uncompiled_calls=forward.uncompiled_calls,
         forced=forced,
         cache_bytes=cache_bytes,

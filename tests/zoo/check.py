@@ -61,6 +61,7 @@ class Outcome:
     sites: list[str] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
     lost_share: float = 0.0
+    whole: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
         """What is wrong with it, in words; empty where all is right."""
@@ -100,6 +101,7 @@ def check(zoo: ZooCase, *, backend: str = "eager", dtype: torch.dtype = torch.fl
     outcome.found = dict(sorted(Counter(site.kind for site in sites).items()))
     outcome.sites = [f"{site.name} ({site.kind})" for site in sites]
     outcome.graphs, outcome.breaks, outcome.lost_share = report.graphs, list(report.breaks), report.lost_share
+    outcome.whole = list(report.whole)
     inside = sum(site.flops for site in sites)
     outcome.block_share, outcome.model_share = inside / blocks, inside / total
     outcome.mac_ratio = report.mac_ratio

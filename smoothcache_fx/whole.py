@@ -1,0 +1,259 @@
+"""Modules kept whole: where the graph breaks inside of a module, the module can be one op in the graph around it."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import types
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
+
+from . import _torch
+from .errors import CompiledError
+from .passes.flops import SDPA_WITHOUT_FORMULA
+
+aten = torch.ops.aten
+
+# By the number that stands for a module in graphs. Whoever compiles for it holds it.
+_modules: weakref.WeakValueDictionary[int, WholeModule] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class WholeModule:
+    """A module that stands as one op in graphs, and runs as it is, uncompiled, where the op runs.
+
+    Attributes:
+        name: in the model.
+        module, forward: the module, and its own forward.
+        names: of the arguments that it takes by keyword; all arguments are tensors.
+        flops, elements: of the call that was recorded: its work, and the elements of its first argument.
+        keys: which argument attention's keys are computed from; -1 without attention.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        *,
+        names: tuple[str, ...],
+        flops: int,
+        elements: int,
+        keys: int,
+    ) -> None:
+        self.name = name
+        self.module = module
+        self.forward = forward
+        self.names = names
+        self.flops = flops
+        self.elements = elements
+        self.keys = keys
+        self.number = next(_numbers)
+        _modules[self.number] = self
+
+    def stand_in(self) -> Callable[..., Any]:
+        """What takes the forward's place while the model's is captured and runs."""
+        module, forward, names, number, keys = self.module, self.forward, self.names, self.number, self.keys
+
+        def whole(*args: Any, **kwargs: Any) -> Any:
+            inputs = [*args, *kwargs.values()]
+            if tuple(kwargs) != names or not all(isinstance(value, Tensor) for value in inputs):
+                return forward(*args, **kwargs)
+            if torch.is_autocast_enabled(inputs[0].device.type):
+                return forward(*args, **kwargs)
+            return whole_module(inputs, list(module.parameters()), number, keys)
+
+        return whole
+
+    def run(self, inputs: list[Tensor]) -> Tensor:
+        positional = len(inputs) - len(self.names)
+        output = self.forward(*inputs[:positional], **dict(zip(self.names, inputs[positional:], strict=True)))
+        if not _alike(output, inputs[0]):
+            got = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise CompiledError(
+                f"{self.name} gave {got}, expected what it gave at first, a tensor like its first input: "
+                f"{inputs[0].dtype} {list(inputs[0].shape)}. Call smoothcache.remove(model), and compile it anew for "
+                "such inputs"
+            )
+        return output.clone(memory_format=torch.contiguous_format) if _shares(output, inputs) else output.contiguous()
+
+
+@torch.library.custom_op("smoothcache::whole_module", mutates_args=(), tags=_torch.HOST_SYNC_TAGS)
+def whole_module(inputs: list[Tensor], weights: list[Tensor], number: int, keys: int) -> Tensor:
+    """The output of the module that ``number`` stands for; of the first input's shape and dtype.
+
+    ``weights`` are its parameters: they tell where in the model it is. ``keys`` is for the passes.
+    """
+    return _modules[number].run(inputs)
+
+
+@whole_module.register_fake
+def _(inputs: list[Tensor], weights: list[Tensor], number: int, keys: int) -> Tensor:
+    return torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+
+
+@register_flop_formula(torch.ops.smoothcache.whole_module)
+def _flops(inputs: list[Any], weights: list[Any], number: int, keys: int, *rest: Any, **more: Any) -> int:
+    module, (first, *_) = _modules[number], inputs
+    return module.flops * torch.Size(first).numel() // max(1, module.elements)
+
+
+def _sdpa_flops(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _alike(output: Any, first: Tensor) -> bool:
+    if not isinstance(output, Tensor):
+        return False
+    return (output.shape, output.dtype, output.device) == (first.shape, first.dtype, first.device)
+
+
+def _shares(output: Tensor, inputs: Iterable[Tensor]) -> bool:
+    return any(output.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() for value in inputs)
+
+
+class WholeModules:
+    """The modules of a model that are kept whole; ``with`` it, their stand-ins are in place."""
+
+    def __init__(self, modules: Collection[WholeModule]) -> None:
+        self.modules = modules
+        self.names = [module.name for module in modules]
+        self._stand_ins = [(module.module, module.stand_in()) for module in modules]
+
+    def __enter__(self) -> None:
+        for module, stand_in in self._stand_ins:
+            module.forward = stand_in
+
+    def __exit__(self, *exception: object) -> None:
+        for module, _ in self._stand_ins:
+            module.__dict__.pop("forward", None)
+
+
+def record(
+    root: nn.Module, stacks: Iterable[Sequence[tuple[str, int]]], call: Callable[[], Any]
+) -> WholeModules | None:
+    """The modules that can be kept whole so that the graph does not break inside of them; None if there is none.
+
+    A module can if it takes tensors alone, writes to none of them, and gives one tensor like its first.
+
+    Args:
+        root: the model, which is none of them.
+        stacks: per graph break, file and line of the frames that led to it, outermost first. Of the modules that
+            these are code of, the innermost is kept that can be.
+        call: runs the model once, uncompiled, to see what its modules take and give.
+    """
+    chains = _broken_classes(root, stacks)
+    broken = {kind for chain in chains for kind in chain}
+    recorded = _record({name: module for name, module in root.named_modules() if type(module) in broken}, call)
+    kept: dict[str, WholeModule] = {}
+    for chain in chains:
+        for kind in chain:
+            if found := {name: whole for name, whole in recorded.items() if type(whole.module) is kind}:
+                kept |= found
+                break
+    return WholeModules(kept.values()) if kept else None
+
+
+def _broken_classes(root: nn.Module, stacks: Iterable[Sequence[tuple[str, int]]]) -> list[list[type[nn.Module]]]:
+    """Per graph break the classes of the modules that it is inside of, innermost first."""
+    kinds = {type(module): None for module in root.modules()}
+    lines = {kind: _lines_of(kind) for kind in kinds if kind is not type(root)}
+    return [
+        list(dict.fromkeys(kind for place in reversed(stack) for kind in lines if place in lines[kind]))
+        for stack in stacks
+    ]
+
+
+def _lines_of(kind: type[nn.Module]) -> set[tuple[str, int]]:
+    """File and line of all code of a module's class."""
+    found: set[tuple[str, int]] = set()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for member in vars(base).values():
+            function = inspect.unwrap(getattr(member, "__func__", member)) if callable(member) else None
+            pending = [code] if (code := getattr(function, "__code__", None)) else []
+            while pending:
+                code = pending.pop()
+                found.update((code.co_filename, line) for *_, line in code.co_lines() if line is not None)
+                pending += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return found
+
+
+def _record(candidates: Mapping[str, nn.Module], call: Callable[[], Any]) -> dict[str, WholeModule]:
+    """Those of the modules that can be kept whole, by name."""
+    recorded: dict[str, WholeModule | None] = {}
+    watched = {
+        name: module
+        for name, module in candidates.items()
+        if "forward" not in module.__dict__ and all(type(p.data) is Tensor for p in module.parameters())
+    }
+    try:
+        for name, module in watched.items():
+            module.forward = _recorder(name, module, recorded)
+        with torch.no_grad():
+            call()
+    finally:
+        for module in watched.values():
+            module.__dict__.pop("forward", None)
+    return {name: whole for name, whole in recorded.items() if whole is not None}
+
+
+def _recorder(name: str, module: nn.Module, recorded: dict[str, WholeModule | None]) -> Callable[..., Any]:
+    forward = module.forward
+
+    def record_call(*args: Any, **kwargs: Any) -> Any:
+        inputs = [*args, *kwargs.values()]
+        fits = bool(inputs) and all(isinstance(value, Tensor) for value in inputs)
+        if not fits or recorded.get(name, ...) is None:
+            recorded[name] = None
+            return forward(*args, **kwargs)
+        before = [value.clone() for value in inputs]
+        counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(SDPA_WITHOUT_FORMULA, _sdpa_flops))
+        with counter, _SeesAttention(module) as sees:
+            output = forward(*args, **kwargs)
+        if not _alike(output, inputs[0]) or not all(map(torch.equal, inputs, before)):
+            recorded[name] = None
+            return output
+        recorded[name] = WholeModule(
+            name,
+            module,
+            forward,
+            names=tuple(kwargs),
+            flops=counter.get_total_flops(),
+            elements=inputs[0].numel(),
+            keys=_keys(inputs) if sees.attention else -1,
+        )
+        return output
+
+    return record_call
+
+
+class _SeesAttention(TorchDispatchMode):
+    """Sees whether a module's activations are multiplied with each other."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.attention = False
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = op.overloadpacket
+        if packet in (aten.bmm, aten.baddbmm, aten.matmul):
+            factors = {value.untyped_storage().data_ptr() for value in args[-2:]}
+            self.attention |= not factors & self._weights
+        elif "attention" in packet.__name__ or "attn" in packet.__name__:
+            self.attention = True
+        return op(*args, **(kwargs or {}))
+
+
+def _keys(inputs: Sequence[Tensor]) -> int:
+    """Which input attention's keys come from: the first other sequence of tokens, or else the first input itself."""
+    for index, value in enumerate(inputs):
+        if index and value.is_floating_point() and value.ndim == 3 and len(value) == len(inputs[0]):
+            return index
+    return 0

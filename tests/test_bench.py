@@ -1,0 +1,75 @@
+"""The scripts in ``bench/`` that are too big to run here do run, on small models."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from smoothcache_fx.demo import model as randomized
+
+BENCH = Path(__file__).parents[1] / "bench"
+SIZES = {
+    "paper_dit": "--layers 2 --heads 2 --batch 2 --steps 8",
+    "paper_open_sora": "--depth 2 --width 144 --heads 2 --frames 3 --height 8 --columns 8 --tokens 6 --steps 8",
+    "paper_stable_audio": "--layers 2 --heads 2 --latents 32 --steps 8",
+}
+
+
+def run_script(name: str, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = BENCH / f"{name}.py"
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.setattr(sys, "argv", [str(path), *options.split()])
+    runpy.run_path(str(path), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_papers_models(name, monkeypatch, capsys):
+    """Calibrated, scheduled, compiled and sampled; the loosest schedule reuses something."""
+    options = f"{SIZES[name]} --samples 1 --rounds 1 --backend eager --alphas 0.0 1.0"
+    run_script(name, options, monkeypatch)
+    printed = capsys.readouterr().out
+    rows = {line.split("  ")[0]: line.split() for line in printed.splitlines() if line.startswith(("torch.", "alpha"))}
+    assert set(rows) >= {"torch.compile", "alpha 0", "alpha 1"}
+    ratios = [float(rows[name][4]) for name in ("alpha 0", "alpha 1")]
+    assert ratios[0] == 1.0 and ratios[1] > 1.5, printed
+
+
+def published(name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """The model that a script builds without options, on the meta device."""
+    seen = []
+
+    def stop(model: nn.Module, *rest: object) -> None:
+        seen.append(model)
+        raise StopIteration
+
+    monkeypatch.setattr(randomized, "randomize", stop)
+    with torch.device("meta"), pytest.raises(StopIteration):
+        run_script(name, "", monkeypatch)
+    return seen[0]
+
+
+def test_dits_work_is_as_published(monkeypatch):
+    """118.64 billion multiply-adds for DiT-XL/2 at 256x256 (Peebles and Xie, arXiv 2212.09748, table 4)."""
+    model = published("paper_dit", monkeypatch)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad(), torch.device("meta"):
+        model(torch.empty(1, 4, 32, 32), torch.empty(1), torch.zeros(1, dtype=torch.long))
+    assert counter.get_total_flops() / 2 == pytest.approx(118.64e9, rel=0.002)
+
+
+def test_stable_audio_has_as_many_parameters_as_published(monkeypatch):
+    model = published("paper_stable_audio", monkeypatch)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(1057e6, rel=0.01)
+
+
+def test_stdit3_has_the_published_blocks(monkeypatch):
+    model = published("paper_open_sora", monkeypatch)
+    blocks = [child for child in model.modules() if isinstance(child, nn.ModuleList)]
+    assert [len(children) for children in blocks] == [28, 28]
+    assert {child.in_features for child in model.modules() if isinstance(child, nn.Linear)} >= {1152, 4608, 4096}
