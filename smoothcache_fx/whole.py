@@ -23,6 +23,7 @@ aten = torch.ops.aten
 # By the number that stands for a module in graphs. Whoever compiles for it holds it.
 _modules: weakref.WeakValueDictionary[int, WholeModule] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class WholeModule:
@@ -31,9 +32,9 @@ class WholeModule:
     Attributes:
         name: in the model.
         module, forward: the module, and its own forward.
-        names: of the arguments that it takes by keyword; all arguments are tensors.
-        flops, elements: of the call that was recorded: its work, and the elements of its first argument.
-        keys: which argument attention's keys are computed from; -1 without attention.
+        arguments: by position and by keyword: numbers, strings and None as they are, tensors as ``...``.
+        flops, elements: of the call that was recorded: its work, and the elements of its first tensor.
+        keys: which tensor attention's keys are computed from; -1 without attention.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class WholeModule:
         module: nn.Module,
         forward: Callable[..., Any],
         *,
-        names: tuple[str, ...],
+        arguments: Arguments,
         flops: int,
         elements: int,
         keys: int,
@@ -50,7 +51,7 @@ class WholeModule:
         self.name = name
         self.module = module
         self.forward = forward
-        self.names = names
+        self.arguments = arguments
         self.flops = flops
         self.elements = elements
         self.keys = keys
@@ -59,12 +60,12 @@ class WholeModule:
 
     def stand_in(self) -> Callable[..., Any]:
         """What takes the forward's place while the model's is captured and runs."""
-        module, forward, names, number, keys = self.module, self.forward, self.names, self.number, self.keys
+        module, forward, arguments, number, keys = self.module, self.forward, self.arguments, self.number, self.keys
 
         def whole(*args: Any, **kwargs: Any) -> Any:
-            inputs = [*args, *kwargs.values()]
-            if tuple(kwargs) != names or not all(isinstance(value, Tensor) for value in inputs):
+            if not _plain(args, kwargs) or _arguments(args, kwargs) != arguments:
                 return forward(*args, **kwargs)
+            inputs = _tensors(args, kwargs)
             if torch.is_autocast_enabled(inputs[0].device.type):
                 return forward(*args, **kwargs)
             return whole_module(inputs, list(module.parameters()), number, keys)
@@ -72,8 +73,11 @@ class WholeModule:
         return whole
 
     def run(self, inputs: list[Tensor]) -> Tensor:
-        positional = len(inputs) - len(self.names)
-        output = self.forward(*inputs[:positional], **dict(zip(self.names, inputs[positional:], strict=True)))
+        rest = iter(inputs)
+        positional, named = self.arguments
+        args = [next(rest) if value is ... else value for value in positional]
+        kwargs = {name: next(rest) if value is ... else value for name, value in named.items()}
+        output = self.forward(*args, **kwargs)
         if not _alike(output, inputs[0]):
             got = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise CompiledError(
@@ -81,7 +85,8 @@ class WholeModule:
                 f"{inputs[0].dtype} {list(inputs[0].shape)}. Call smoothcache.remove(model), and compile it anew for "
                 "such inputs"
             )
-        return output.clone(memory_format=torch.contiguous_format) if _shares(output, inputs) else output.contiguous()
+        shared = _shares(output, (*inputs, *self.module.parameters()))
+        return output.clone(memory_format=torch.contiguous_format) if shared else output.contiguous()
 
 
 @torch.library.custom_op("smoothcache::whole_module", mutates_args=(), tags=_torch.HOST_SYNC_TAGS)
@@ -102,6 +107,24 @@ def _(inputs: list[Tensor], weights: list[Tensor], number: int, keys: int) -> Te
 def _flops(inputs: list[Any], weights: list[Any], number: int, keys: int, *rest: Any, **more: Any) -> int:
     module, (first, *_) = _modules[number], inputs
     return module.flops * torch.Size(first).numel() // max(1, module.elements)
+
+
+def _plain(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether all arguments are tensors or constants."""
+    return all(
+        value is None or isinstance(value, (Tensor, bool, int, float, str)) for value in (*args, *kwargs.values())
+    )
+
+
+def _arguments(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Arguments:
+    return (
+        tuple(... if isinstance(value, Tensor) else value for value in args),
+        {name: ... if isinstance(value, Tensor) else value for name, value in kwargs.items()},
+    )
+
+
+def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
 def _sdpa_flops(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
@@ -140,7 +163,7 @@ def record(
 ) -> WholeModules | None:
     """The modules that can be kept whole so that the graph does not break inside of them; None if there is none.
 
-    A module can if it takes tensors alone, writes to none of them, and gives one tensor like its first.
+    A module can if it takes tensors and constants, writes to no tensor, and gives one tensor like its first.
 
     Args:
         root: the model, which is none of them.
@@ -207,9 +230,8 @@ def _recorder(name: str, module: nn.Module, recorded: dict[str, WholeModule | No
     forward = module.forward
 
     def record_call(*args: Any, **kwargs: Any) -> Any:
-        inputs = [*args, *kwargs.values()]
-        fits = bool(inputs) and all(isinstance(value, Tensor) for value in inputs)
-        if not fits or recorded.get(name, ...) is None:
+        inputs = _tensors(args, kwargs)
+        if not inputs or not _plain(args, kwargs) or recorded.get(name, ...) is None:
             recorded[name] = None
             return forward(*args, **kwargs)
         before = [value.clone() for value in inputs]
@@ -223,7 +245,7 @@ def _recorder(name: str, module: nn.Module, recorded: dict[str, WholeModule | No
             name,
             module,
             forward,
-            names=tuple(kwargs),
+            arguments=_arguments(args, kwargs),
             flops=counter.get_total_flops(),
             elements=inputs[0].numel(),
             keys=_keys(inputs) if sees.attention else -1,

@@ -67,7 +67,8 @@ class LongestAttention(Attention):
 
 
 class LongestCrossAttention(CrossAttention):
-    def forward(self, x: Tensor, *, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, *, causal: bool, text: Tensor, name: str = "") -> Tensor:
+        assert mask is None and not causal and name == "cross"
         longest = int((text.abs().sum(-1) >= 0).sum(-1).max())
         return super().forward(x, text[:, :longest])
 
@@ -79,14 +80,14 @@ class LongestBlock(CrossAttentionBlock):
 
 
 class Keyword(nn.Module):
-    """Hands the text on by keyword."""
+    """Hands the text on by keyword, and constants."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        return self.inner(x, text=text)
+        return self.inner(x, None, causal=False, text=text, name="cross")
 
 
 def case_of(make: Callable[[], nn.Module], kinds: dict[str, str]) -> Case:
@@ -279,7 +280,7 @@ def test_an_adapter_that_is_put_on_later_is_run():
 
 def whole(forward: Callable[..., Tensor]) -> WholeModule:
     module = nn.Linear(4, 4)
-    return WholeModule("linear", module, forward, names=(), flops=100, elements=12, keys=-1)
+    return WholeModule("linear", module, forward, arguments=((...,), {}), flops=100, elements=12, keys=-1)
 
 
 def test_the_op_passes_opcheck():
