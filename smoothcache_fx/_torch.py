@@ -1,4 +1,4 @@
-"""Every semi-private part of PyTorch that this package uses. Tried on torch 2.11.0 and 2.13.0."""
+"""The semi-private parts of PyTorch that this package uses, but Inductor's. Tried on torch 2.11.0 and 2.13.0."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from typing import Any
 
 import torch
 from torch._dynamo import config as dynamo_config
-from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
     BufferAOTInput,
     ParamAOTInput,
     PlainAOTInput,
     SubclassGetAttrAOTInput,
 )
-from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
@@ -86,50 +83,6 @@ def aot_capture(gm: GraphModule, inputs: Sequence[Any], inference: InnerCompile,
     from torch._dynamo.backends.common import aot_autograd
 
     return aot_autograd(fw_compiler=training, inference_compiler=inference)(gm, inputs)
-
-
-def inductor_patches(mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> dict[str, Any]:
-    """Inductor's settings for a ``mode`` and ``options`` of ``torch.compile``, validated by it."""
-    return dict(torch._TorchCompileInductorWrapper(mode, options, dynamic).config)
-
-
-def inductor_capture(
-    gm: GraphModule, inputs: Sequence[Any], inner_compile: InnerCompile, patches: dict[str, Any]
-) -> Any:
-    """Inductor's front half: ``inner_compile(gm, inputs, **settings)`` gets the functional ATen graph.
-
-    AOTAutograd's cache on disk stays off: its key does not know ``inner_compile``, so it would hand out what a plain
-    ``torch.compile`` of the same model has left there, with nothing cached. Inductor's own cache keys on each variant.
-    """
-    from torch._inductor.compile_fx import compile_fx
-
-    with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=patches)
-
-
-def inductor_compile(
-    gm: GraphModule, fake_inputs: Sequence[Any], settings: dict[str, Any], patches: dict[str, Any]
-) -> Callable[[list[Any]], Sequence[Any]]:
-    """Inductor's back half for one graph, outside of any capture: a callable that takes one list.
-
-    The tracing context is a fresh one: Inductor notes the strides of the outputs in it, once per graph.
-    """
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.utils import BoxedBool
-    from torch._inductor.virtualized import V
-
-    settings = dict(settings)
-    cudagraphs = settings.get("cudagraphs")
-    # Compiling may switch CUDA graphs off for one variant; that is no reason to go without them in the others.
-    settings["cudagraphs"] = None if cudagraphs is None else BoxedBool(bool(cudagraphs))
-    fake_mode = detect_fake_mode(fake_inputs)
-    with (
-        inductor_config.patch(patches),
-        tracing(TracingContext(fake_mode)),
-        V.set_fake_mode(fake_mode),
-        torch.no_grad(),
-    ):
-        return compile_fx_inner(gm, fake_inputs, **settings)
 
 
 def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:

@@ -241,10 +241,10 @@ def compile_frame(session: Session, gm: GraphModule, inputs: Sequence[Any]) -> t
 
     def transform(captured: GraphModule, compile_variant: CompileVariant) -> Dispatcher:
         made.append(Program(session, frame, captured, compile_variant))
-        return made[0].dispatcher
+        return made[-1].dispatcher
 
     compiled = session.inner.capture(gm, inputs, transform)
-    (program,) = made
+    program = made[-1]  # another one came before it where what was on disk could not be used
 
     def run(*arguments: Any) -> Any:
         program.dispatcher.binding = program.bind(arguments)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.fx import GraphModule
 
-from . import _torch
+from . import _inductor, _torch
 from .errors import CompiledError
 
 #: Gets the ATen graph and a function that compiles a variant of it; returns a callable that takes one list.
@@ -69,7 +69,7 @@ class InductorCompiler:
     shape_generic = True
 
     def __init__(self, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> None:
-        self.patches = _torch.inductor_patches(mode, options, dynamic)
+        self.patches = _inductor.patches_of(mode, options, dynamic)
 
     def capture(self, gm: GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]:
         def inner_compile(captured: GraphModule, _: Sequence[Any], **settings: Any) -> Boxed:
@@ -77,7 +77,7 @@ class InductorCompiler:
                 refuse_training(captured, _)
             return transform(captured, functools.partial(self._compile, settings))
 
-        return _torch.inductor_capture(gm, inputs, inner_compile, self.patches)
+        return _inductor.capture(gm, inputs, inner_compile, self.patches)
 
     def _compile(
         self, settings: dict[str, Any], gm: GraphModule, inputs: Sequence[Any], origin: Sequence[int]
@@ -86,7 +86,7 @@ class InductorCompiler:
         # The captured graph's static inputs are its parameters; the variant's are these and every cache buffer.
         static = set(settings.get("static_input_idxs") or ())
         positions = [i for i, source in enumerate(origin) if source in static or source < 0]
-        return _torch.inductor_compile(gm, fakes, {**settings, "static_input_idxs": positions}, self.patches)
+        return _inductor.compile(gm, fakes, {**settings, "static_input_idxs": positions}, self.patches)
 
 
 def inner_compiler(

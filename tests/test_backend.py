@@ -371,6 +371,8 @@ TWO_PROCESSES = """
     import smoothcache_fx as smoothcache
     from capture import Stack, inputs
     from cases import randomize
+    from smoothcache_fx.forward import compiled_forward
+    from torch._dynamo.utils import counters
 
     torch.set_num_threads(1)
     model = randomize(Stack(1), 0).eval()
@@ -382,8 +384,16 @@ TWO_PROCESSES = """
         smoothcache.compile(model, smoothcache.Schedule(2, {"attn": [1, 0], "ffn": [1, 0]}))
     with torch.no_grad():
         outputs = [model(*call) for call in calls]
+    found = [counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "miss", "bypass")]
+    assert found == ([1, 0, 0] if sys.argv[2] == "again" else [0, 1, 0]), counters["aot_autograd"]
+    if sys.argv[2] == "again":
+        earlier = torch.load(sys.argv[1])
+        assert all(map(torch.equal, outputs, earlier))
+    torch.save(outputs, sys.argv[1])
     if sys.argv[1] != "plain":
         report = smoothcache.report(model)
+        (program,) = compiled_forward(model).session.programs
+        assert [site.name for site in program.bindings[0].sites] == ["blocks.0.attn", "blocks.0.mlp"]
         assert [group.reused for group in report.groups] == [1, 1], report
         with smoothcache.disabled(model), torch.no_grad():
             fresh = model(*calls[1])
@@ -394,8 +404,11 @@ TWO_PROCESSES = """
 
 
 @pytest.mark.slow
-def test_a_plain_compile_on_disk_does_not_stand_in_for_ours(tmp_path):
-    """AOTAutograd's cache on disk does not know inner compilers: without care ours would load the plain graph."""
+def test_what_another_process_left_on_disk(tmp_path):
+    """A plain compile's code does not stand in for ours, nor ours for it; each finds its own again.
+
+    AOTAutograd's cache on disk does not know inner compilers.
+    """
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))
     paths = [path for path in sys.path if path]
@@ -404,9 +417,14 @@ def test_a_plain_compile_on_disk_does_not_stand_in_for_ours(tmp_path):
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
         "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *paths]),
     }
-    for name in ("plain", "cached", "cached"):
+    for name, when in (("plain", "first"), ("cached", "first"), ("cached", "again"), ("plain", "again")):
         done = subprocess.run(
-            [sys.executable, script, name], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, script, name, when],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0 and "done" in done.stdout, f"{name}:\n{done.stdout}\n{done.stderr}"
 

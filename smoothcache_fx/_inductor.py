@@ -1,0 +1,144 @@
+"""The semi-private parts of Inductor that this package uses. Tried on torch 2.11.0 and 2.13.0."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.compiler.config
+from torch._functorch import config as functorch_config
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor import config as inductor_config
+from torch._inductor.output_code import OutputCode
+from torch.fx import Graph, GraphModule
+
+InnerCompile = Callable[..., Any]
+
+#: Changes whenever ``CapturedGraph`` does, so that no entry of an older one is read.
+CACHE_KEY_TAG = "smoothcache_fx captured graph 1"
+# What a graph's nodes are known by later on; the rest of their metadata holds on to what cannot be pickled.
+_KEPT_METADATA = (
+    *("val", "tensor_meta", "desc", "stack_trace", "nn_module_stack", "original_aten"),
+    *("user_visible_output_idxs", "output_stack_traces", "mutation_region_id"),
+)
+_inner_compile: ContextVar[InnerCompile] = ContextVar("_inner_compile")
+
+
+def patches_of(mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> dict[str, Any]:
+    """Inductor's settings for a ``mode`` and ``options`` of ``torch.compile``, validated by it."""
+    return dict(torch._TorchCompileInductorWrapper(mode, options, dynamic).config)
+
+
+class CapturedGraph(OutputCode):
+    """What AOTAutograd gets for Inductor's code of a graph, and keeps on disk: the captured graph.
+
+    A plain ``torch.compile`` of the same model leaves finished code there. Under a key of their own
+    (``CACHE_KEY_TAG``) entries of this class spare another process the tracing, whatever its schedule is. Its variants'
+    code comes from Inductor's own cache.
+    """
+
+    def __init__(self, captured: GraphModule, settings: dict[str, Any]) -> None:
+        self.captured: GraphModule | None = captured
+        self.settings = settings
+        self.run: Callable[[list[Any]], Sequence[Any]] | None = None
+        self._boxed_call = True
+        self._pickled = b""
+
+    def __call__(self, inputs: list[Any]) -> Sequence[Any]:
+        return self.run(inputs)
+
+    def prepare_for_serialization(self) -> None:
+        """Called on a copy of what goes on running. Sizes that are symbols belong to one process: not kept."""
+        from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
+        from torch.fx._graph_pickler import GraphPickler, Options
+
+        if any(isinstance(node.meta.get("val"), torch.SymInt) for node in self.captured.graph.nodes):
+            raise BypassAOTAutogradCache("symbolic sizes")
+        options = Options(ops_filter=None, node_metadata_key_filter=None)
+        try:
+            self._pickled = GraphPickler.dumps(_bare_copy(self.captured), options)
+        except Exception as error:  # whatever the objects in a graph raise
+            raise BypassAOTAutogradCache(f"the captured graph cannot be pickled: {error}") from error
+        self.captured = self.run = None
+        self.settings = {key: self.settings[key] for key in ("static_input_idxs", "is_inference")}
+
+    def post_compile(self, example_inputs: Sequence[Any], constants: Any, settings: Any) -> None:
+        """Called on what was read from disk."""
+        from torch.fx._graph_pickler import GraphPickler
+
+        self.captured = GraphPickler.loads(self._pickled, detect_fake_mode(example_inputs))
+        self.captured.recompile()
+        self.settings = {**settings, **self.settings}
+        self.compile(example_inputs)
+
+    def compile(self, example_inputs: Sequence[Any]) -> None:
+        settings = {key: value for key, value in self.settings.items() if key != "is_backward"}
+        self.run = _inner_compile.get()(self.captured, example_inputs, **settings)
+
+    def set_triton_bundle(self, triton_bundle: Any) -> None:
+        """The variants' kernels are in Inductor's own cache."""
+
+
+def _bare_copy(captured: GraphModule) -> GraphModule:
+    """A copy with the metadata that can be pickled; of the stack of modules it has the paths alone."""
+    graph, mapping = Graph(), {}
+    for node in captured.graph.nodes:
+        copy = mapping[node] = graph.node_copy(node, mapping.__getitem__)
+        copy.meta = {key: value for key, value in node.meta.items() if key in _KEPT_METADATA}
+        if stack := copy.meta.get("nn_module_stack"):
+            copy.meta["nn_module_stack"] = {key: (path, None) for key, (path, _) in stack.items()}
+    return GraphModule(captured, graph)
+
+
+def capture(gm: GraphModule, inputs: Sequence[Any], inner_compile: InnerCompile, patches: dict[str, Any]) -> Any:
+    """Inductor's front half: ``inner_compile(gm, inputs, **settings)`` gets the functional ATen graph."""
+    from torch._inductor.compile_fx import compile_fx
+
+    def captured(graph: GraphModule, example_inputs: Sequence[Any], **settings: Any) -> CapturedGraph:
+        code = CapturedGraph(graph, settings)
+        code.compile(example_inputs)
+        return code
+
+    with (
+        functorch_config.patch(bundled_autograd_cache=True),
+        torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} {CACHE_KEY_TAG}"),
+        _during(inner_compile),
+    ):
+        return compile_fx(gm, inputs, inner_compile=captured, config_patches=patches)
+
+
+@contextlib.contextmanager
+def _during(inner_compile: InnerCompile) -> Iterator[None]:
+    token = _inner_compile.set(inner_compile)
+    try:
+        yield
+    finally:
+        _inner_compile.reset(token)
+
+
+def compile(
+    gm: GraphModule, fake_inputs: Sequence[Any], settings: dict[str, Any], patches: dict[str, Any]
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """Inductor's back half for one graph, outside of any capture: a callable that takes one list.
+
+    The tracing context is a fresh one: Inductor notes the strides of the outputs in it, once per graph.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.utils import BoxedBool
+    from torch._inductor.virtualized import V
+
+    settings = dict(settings)
+    cudagraphs = settings.get("cudagraphs")
+    # Compiling may switch CUDA graphs off for one variant; that is no reason to go without them in the others.
+    settings["cudagraphs"] = None if cudagraphs is None else BoxedBool(bool(cudagraphs))
+    fake_mode = detect_fake_mode(fake_inputs)
+    with (
+        inductor_config.patch(patches),
+        tracing(TracingContext(fake_mode)),
+        V.set_fake_mode(fake_mode),
+        torch.no_grad(),
+    ):
+        return compile_fx_inner(gm, fake_inputs, **settings)
