@@ -2,7 +2,9 @@
 
 from .cuts import container_of, work_outside
 from .flops import count_flops
+from .fuse import fuse, should_fuse
 from .guard import guard, insert_guards, run_guarded
+from .narrow import narrow
 from .observe import observe
 from .sites import Rejection, Site, analyze, find_sites
 from .specialize import specialize
@@ -17,10 +19,13 @@ __all__ = [
     "container_of",
     "count_flops",
     "find_sites",
+    "fuse",
     "guard",
     "insert_guards",
+    "narrow",
     "observe",
     "run_guarded",
+    "should_fuse",
     "specialize",
     "work_outside",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from .facts import is_view_or_cast, packet
 from .guard import CACHE, DECISION, guard, placeholders
 
 
@@ -19,7 +20,7 @@ def check_graph(gm: GraphModule, *, like: GraphModule, stage: str) -> GraphModul
         gm: the graph after the pass.
         like: the captured graph that it was made of.
         stage: ``"guarded"`` (guards, caches and decisions are allowed) or ``"variant"`` (only caches are, and each
-            use of one is either a write of a computed output or a read, never both).
+            is either written, with a computed output, or read, never both).
     """
     try:
         gm.graph.lint()
@@ -86,12 +87,25 @@ def _check_guard(node: Node) -> None:
 
 
 def _check_cache(cache: Node) -> None:
-    writes = [user for user in cache.users if user.target is torch.ops.aten.copy_.default and user.args[0] is cache]
-    reads = [user for user in cache.users if user not in writes]
+    writes, reads = [], []
+    pending = [(cache, user) for user in cache.users]
+    while pending:
+        value, user = pending.pop()
+        if is_view_or_cast(user) and any(_writes(after, user) for after in user.users):
+            pending += [(user, after) for after in user.users]
+        else:
+            (writes if _writes(user, value) else reads).append(user)
     if len(writes) > 1 or (writes and reads):
         raise GraphError(
             f"the cache {cache.name} is written by {[n.name for n in writes]} and read by "
             f"{[n.name for n in reads]}; one step does one or the other"
         )
-    if writes and writes[0].args[1] is cache:
+    if writes and cache in writes[0].args[1:2]:
         raise GraphError(f"the cache {cache.name} is copied onto itself")
+
+
+def _writes(user: Node, cache: Node) -> bool:
+    """Whether an op writes to the argument that is the cache, or a view of it."""
+    if packet(user) is torch.ops.aten.copy_:
+        return user.args[0] is cache
+    return str(packet(user)) == "smoothcache.residual_store" and user.args[3] is cache

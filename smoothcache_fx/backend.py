@@ -74,7 +74,7 @@ class Program:
         self.graph_break = frame.graph_break
         self.session = session
         self.frame = frame
-        self.builder = GraphBuilder(captured, compile_variant, session.inner.shape_generic)
+        self.builder = GraphBuilder(captured, compile_variant, session.inner)
         self.dispatcher = session.dispatcher(self.builder)
         self.bindings: list[Binding] = []
         self._weight_names: list[dict[int, str]] = []

@@ -11,8 +11,8 @@ import torch
 from torch.fx import GraphModule
 
 from . import _torch
-from .inner import CompileVariant
-from .passes import Site, analyze, check_graph, count_flops, insert_guards, specialize
+from .inner import CompileVariant, InnerCompiler
+from .passes import Site, analyze, check_graph, count_flops, fuse, insert_guards, narrow, should_fuse, specialize
 from .passes.guard import CACHE, placeholders
 from .passes.specialize import variant_inputs
 from .program import Mask, Variant
@@ -30,7 +30,7 @@ class GraphBuilder:
         graphs: the variants' graphs by mask, before the inner compiler had them.
     """
 
-    def __init__(self, captured: GraphModule, compile_variant: CompileVariant, shape_generic: bool) -> None:
+    def __init__(self, captured: GraphModule, compile_variant: CompileVariant, inner: InnerCompiler) -> None:
         start = time.perf_counter()
         self.captured = captured
         self.sites, self.rejections = analyze(captured.graph)
@@ -43,7 +43,8 @@ class GraphBuilder:
         self._caches = [node for node in placeholders(self.guarded.graph) if CACHE in node.meta]
         #: Positions of the inputs that are symbolic sizes.
         self.shape_inputs = [i for i, value in enumerate(self._input_values) if isinstance(value, torch.SymInt)]
-        self.shape_generic = shape_generic or not self.shape_inputs
+        self.shape_generic = inner.shape_generic or not self.shape_inputs
+        self._inner = inner
         self._fake_mode = next((value.fake_mode for value in self._input_values if hasattr(value, "fake_mode")), None)
         self._conditions: list[Any] = []
         log.info(
@@ -124,6 +125,10 @@ class GraphBuilder:
                 compute={i for i in sites if mask.compute >> i & 1},
                 store={i for i in sites if mask.store >> i & 1},
             )
+            if self._inner.optimizes:
+                graph = narrow(graph)  # a narrower product may be summed in another order
+            if should_fuse(graph, self._inner.optimizes):
+                graph = fuse(graph)
             self.graphs[mask] = check_graph(graph, like=self.captured, stage="variant")
         return self.graphs[mask]
 

@@ -26,6 +26,8 @@ class CompileVariant(Protocol):
 class InnerCompiler(Protocol):
     #: Whether what it compiles for symbolic sizes serves all sizes (else each variant is compiled per shape).
     shape_generic: bool
+    #: Whether it fuses kernels and picks them by itself, and so rounds otherwise than the ops one by one.
+    optimizes: bool
 
     def capture(self, gm: GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]: ...
 
@@ -39,6 +41,8 @@ def refuse_training(gm: GraphModule, inputs: Sequence[Any], **settings: Any) -> 
 
 class NamedCompiler:
     """Any registered Dynamo backend but Inductor: AOTAutograd captures, the backend compiles each variant."""
+
+    optimizes = False
 
     def __init__(self, name: str, mode: str | None, options: dict[str, Any] | None) -> None:
         self.backend = _torch.named_backend(name)
@@ -67,6 +71,7 @@ class InductorCompiler:
     """Inductor: its front half captures, its back half compiles each variant with the caches as static inputs."""
 
     shape_generic = True
+    optimizes = True
 
     def __init__(self, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> None:
         self.patches = _inductor.patches_of(mode, options, dynamic)

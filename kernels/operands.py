@@ -1,0 +1,71 @@
+"""What the residual ops take, checked before anything runs: the same errors eagerly, when traced, and on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_stream(op: str, x: Tensor) -> None:
+    """``x``, the residual stream that everything is added to."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: x is {x.dtype}, expected one of {_names()}: cast it, or use the plain expression")
+
+
+def check_term(op: str, x: Tensor, gate: Tensor | None, y: Tensor, name: str) -> None:
+    """One ``gate * y`` that is added to ``x``; ``name`` is what the op's signature calls ``y``."""
+    _check_operand(op, x, y, name)
+    if y.shape != x.shape:
+        raise ValueError(f"{op}: {name} has shape {list(y.shape)}, expected x's {list(x.shape)}: expand or reshape it")
+    check_broadcast(op, x, gate, "gate")
+
+
+def check_broadcast(op: str, x: Tensor, operand: Tensor | None, name: str) -> None:
+    """A gate, or what else is spread over ``x``; None is none."""
+    if operand is None:
+        return
+    _check_operand(op, x, operand, name)
+    missing = x.dim() - operand.dim()
+    if missing < 0 or any(size not in (1, whole) for size, whole in zip(operand.shape, x.shape[missing:], strict=True)):
+        raise ValueError(
+            f"{op}: {name} has shape {list(operand.shape)}, which does not broadcast to x's {list(x.shape)}: expected "
+            "one like [batch, 1, width], [batch, tokens, 1] or [width]"
+        )
+
+
+def check_cache(op: str, y: Tensor, cache: Tensor) -> None:
+    """The buffer that takes ``y`` as it is."""
+    if cache.shape != y.shape or cache.dtype != y.dtype or cache.device != y.device:
+        raise ValueError(
+            f"{op}: cache is {cache.dtype} {list(cache.shape)} on {cache.device}, expected one like y: {y.dtype} "
+            f"{list(y.shape)} on {y.device}"
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
+        raise ValueError(
+            f"{op}: cache is expanded (strides {list(cache.stride())} for shape {list(cache.shape)}), so that several "
+            "elements share one place: expected a buffer with room for all, such as torch.empty_like(y)"
+        )
+
+
+def product(gate: Tensor | None, y: Tensor, scale: float) -> Tensor:
+    """``(gate * scale) * y`` in float32, each product rounded: the plain form of what all kernels compute."""
+    factor = scale if gate is None else gate.float() * scale
+    return y.float() * factor
+
+
+def rounded_like(x: Tensor, value: Tensor) -> Tensor:
+    """``value`` rounded once to ``x``'s dtype, laid out in memory as the ops' output is."""
+    return torch.empty_like(x).copy_(value)
+
+
+def _check_operand(op: str, x: Tensor, operand: Tensor, name: str) -> None:
+    if operand.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} is {operand.dtype}, expected one of {_names()}: cast it first")
+    if operand.device != x.device:
+        raise ValueError(f"{op}: {name} is on {operand.device}, expected x's device {x.device}: move it there first")
+
+
+def _names() -> str:
+    return ", ".join(str(dtype) for dtype in DTYPES)

@@ -1,0 +1,170 @@
+"""Residual adds lowered to kernels: which, and that every sum stays the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from smoothcache_fx.passes import check_graph, fuse, should_fuse, specialize
+from smoothcache_fx.passes.facts import packet
+from smoothcache_fx.passes.guard import CACHE, placeholders
+from torch import Tensor, nn
+
+import smoothcache_fx as smoothcache
+from capture import Block, Stack, capture, inputs
+from cases import random_rows, run_trajectory
+from inline_dits import InlineDiT
+from models import CASES
+from oracle import Oracle
+from smoothcache_fx import build
+from structures import AddcmulBlock
+from tolerances import SAME_KERNELS, assert_as_exact, assert_trajectories_close
+
+ops = torch.ops.smoothcache
+KERNELS = (ops.residual_store, ops.residual_load, ops.residual_accumulate)
+
+
+def variant_of(model: nn.Module, mask: tuple[bool, ...], *args: Tensor):
+    (program,) = capture(model.eval(), *(args or inputs()))
+    builder = program.builder
+    compute = {i for i, computed in enumerate(mask) if computed}
+    return builder, specialize(builder.guarded, compute)
+
+
+def kernels(graph: torch.fx.GraphModule) -> dict[str, int]:
+    found = Counter(packet(node) for node in graph.graph.nodes)
+    return {str(kernel).partition(".")[2]: found[kernel] for kernel in KERNELS if found[kernel]}
+
+
+def values_of(graph: torch.fx.GraphModule) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(node.meta["val"].shape, generator=generator).to(node.meta["val"].dtype)
+        for node in placeholders(graph.graph)
+    ]
+
+
+def check_equal(before: torch.fx.GraphModule, after: torch.fx.GraphModule) -> None:
+    """Outputs and caches are the same, bit for bit."""
+    arguments, others = values_of(before), values_of(after)
+    for expected, actual in zip(before(*arguments), after(*others), strict=True):
+        assert torch.equal(actual, expected)
+    assert all(map(torch.equal, others, arguments))
+
+
+@pytest.mark.parametrize("mask", list(itertools.product([True, False], repeat=4)))
+def test_every_variant_of_a_stack(mask):
+    builder, variant = variant_of(Stack(), mask)
+    fused = check_graph(fuse(variant), like=builder.captured, stage="variant")
+    check_equal(variant, fused)
+    runs = [len(list(group)) for computed, group in itertools.groupby(mask) if not computed]
+    assert kernels(fused) == {
+        name: count
+        for name, count in (
+            ("residual_store", sum(mask)),
+            ("residual_load", runs.count(1)),
+            ("residual_accumulate", sum(length > 1 for length in runs)),
+        )
+        if count
+    }
+    ends = [node for node in fused.graph.nodes if packet(node) is ops.residual_accumulate]
+    assert sorted(len(node.args[2]) for node in ends) == sorted(length for length in runs if length > 1)
+
+
+def test_a_computed_branch_that_nothing_stores_is_left_alone():
+    builder, _ = variant_of(Stack(), (True,) * 4)
+    variant = specialize(builder.guarded, {0, 1, 2, 3}, store={2})
+    fused = fuse(variant)
+    assert kernels(fused) == {"residual_store": 1}
+    check_equal(variant, fused)
+
+
+def test_two_streams_have_a_run_each():
+    case = CASES["joint"]
+    latents, (conditioning,) = case.inputs(1, torch.float32)
+    (program,) = capture(case.build(), latents, torch.ones(len(latents)), **conditioning)
+    variant = specialize(program.builder.guarded, set())
+    fused = fuse(variant)
+    # Two blocks with two branches each: a run in the image's stream and one in the text's.
+    ends = [node for node in fused.graph.nodes if packet(node) is ops.residual_accumulate]
+    assert [len(node.args[2]) for node in ends] == [4, 4]
+    check_equal(variant, fused)
+
+
+def test_gates_by_addcmul():
+    model = InlineDiT(AddcmulBlock())
+    case = CASES["adaln_zero"]
+    latents, (conditioning,) = case.inputs(1, torch.float32)
+    arguments = (latents, torch.ones(len(latents)), *conditioning.values())
+    for mask, expected in (((False, False), {"residual_accumulate": 1}), ((True, True), {"residual_store": 2})):
+        _, variant = variant_of(model, mask, *arguments)
+        fused = fuse(variant)
+        assert kernels(fused) == expected
+        for ours, theirs in zip(fused(*values_of(fused)), variant(*values_of(variant)), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+class CastBlock(Block):
+    """The sum is in float64, which no kernel has."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return (x.double() + c[:, None].double() * self.attn(x)).float()
+
+
+def test_a_dtype_that_no_kernel_has_is_left_alone():
+    for mask in ((True,), (False,)):
+        _, variant = variant_of(CastBlock(), mask)
+        fused = fuse(variant)
+        assert not kernels(fused)
+        check_equal(variant, fused)
+
+
+def test_a_stream_that_something_else_reads_ends_a_run():
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.blocks[0](x, c)
+            return self.blocks[1](x, c), x.mean()
+
+    _, variant = variant_of(Read(), (False,) * 4)
+    fused = fuse(variant)
+    assert kernels(fused) == {"residual_accumulate": 2}
+    check_equal(variant, fused)
+
+
+def test_it_pays_on_cuda_under_compilers_that_do_not_fuse():
+    _, variant = variant_of(Stack(), (True,) * 4)
+    assert not should_fuse(variant, fuses_by_itself=False), "on a CPU"
+    for node in variant.graph.nodes:
+        if CACHE in node.meta:
+            with node.meta["val"].fake_mode:
+                node.meta["val"] = torch.empty(node.meta["val"].shape, device="cuda")
+    assert should_fuse(variant, fuses_by_itself=False)
+    assert not should_fuse(variant, fuses_by_itself=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_trajectories_are_the_oracles(name, dtype, monkeypatch):
+    """In float32 bit for bit; in bfloat16 the kernels round once where eager PyTorch rounds twice."""
+    monkeypatch.setattr(build, "should_fuse", lambda graph, fuses_by_itself: True)
+    case, steps = CASES[name], 6
+    schedule, rows = random_rows(list(case.branches), steps, seed=3)
+    run = {"steps": steps, "seed": 1, "dtype": dtype}
+    model = smoothcache.compile(case.build(0, dtype), schedule, backend="eager")
+    actual = run_trajectory(case, model, **run)
+    with Oracle(case.build(0, dtype), case.branches, rows) as oracle:
+        expected = run_trajectory(case, oracle.model, around=oracle.step, **run)
+    if dtype is torch.float32:
+        assert_trajectories_close(actual, expected, SAME_KERNELS[dtype], name)
+    else:
+        with Oracle(case.build(0, torch.float32), case.branches, rows) as oracle:
+            exact = run_trajectory(case, oracle.model, around=oracle.step, **{**run, "dtype": torch.float32})
+        assert_as_exact(actual, expected, exact, name)
+    (program,) = model.forward.session.programs
+    assert any(kernels(graph) for graph in program.builder.graphs.values())
