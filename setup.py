@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent
 PLOT = ["matplotlib"]
 DEMO = ["scikit-learn", "safetensors", "tqdm", *PLOT]
 DIFFUSERS = ["diffusers"]
+# The caches that bench/end_to_end.py compares with.
+BENCH = ["cache-dit", "dit-smoothcache", *DIFFUSERS, *PLOT]
 TEST = [
     *DEMO,
     *DIFFUSERS,
@@ -46,6 +48,13 @@ setup(
     package_dir={"smoothcache_fx.passes": "passes", "smoothcache_fx.kernels": "kernels"},
     package_data={"smoothcache_fx.demo": ["digits_dit.safetensors"]},
     install_requires=["torch>=2.11", "numpy", "triton; platform_system == 'Linux'"],
-    extras_require={"demo": DEMO, "diffusers": DIFFUSERS, "external": EXTERNAL, "plot": PLOT, "test": TEST},
+    extras_require={
+        "bench": BENCH,
+        "demo": DEMO,
+        "diffusers": DIFFUSERS,
+        "external": EXTERNAL,
+        "plot": PLOT,
+        "test": TEST,
+    },
     entry_points={"torch_dynamo_backends": ["smoothcache = smoothcache_fx.backend:smoothcache_backend"]},
 )

@@ -95,7 +95,7 @@ def test_metadata(wheel):
     assert (data["Name"].replace("-", "_"), data["Version"]) == ("smoothcache_fx", version())
     assert data["Requires-Python"] == ">=3.10"
     assert "Apache-2.0" in (data["License-Expression"], data["License"])
-    assert set(data.get_all("Provides-Extra")) == {"demo", "diffusers", "external", "plot", "test"}
+    assert set(data.get_all("Provides-Extra")) == {"bench", "demo", "diffusers", "external", "plot", "test"}
     core = [line.replace('"', "'") for line in data.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(core) == ["numpy", "torch>=2.11", "triton; platform_system == 'Linux'"]
 
