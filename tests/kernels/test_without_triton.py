@@ -1,0 +1,26 @@
+"""Systems that Triton has no release for: the package imports, and the ops run as plain PyTorch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import sys
+sys.modules["triton"] = None  # what an import of it then raises is what a missing package raises
+import torch
+from smoothcache_fx import kernels
+assert kernels._triton.triton is None and not kernels._triton.runs_triton(torch.zeros(1))
+x, y, cache = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.zeros(2, 5, 8)
+out = kernels.residual_store(x, None, y, cache)
+assert torch.equal(out, x + y) and torch.equal(cache, y)
+assert torch.equal(kernels.residual_load(x, None, cache), out)
+assert torch.equal(kernels.residual_accumulate(x, [None], [cache]), out)
+assert torch.equal(kernels.residual_norm(x, None, y, None, None, None, None, None, 1e-6)[0], out)
+assert kernels.relative_l1(x, [y]).shape == (2,)
+"""
+
+
+def test_the_ops_run_without_triton():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
