@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,11 +61,28 @@ def machine() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if cuda else _processor(),
         "threads": torch.get_num_threads(),
+        "driver": _driver() if cuda else None,
+        "cuda": torch.version.cuda,
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "smoothcache_fx": smoothcache.__version__,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _driver() -> str:
+    if not (tool := shutil.which("nvidia-smi")):
+        return "unknown"
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
@@ -75,8 +95,13 @@ def _processor() -> str:
 
 
 def write_result(name: str, result: Mapping[str, Any]) -> Path:
-    """Write ``bench/results/<name>.json`` with the machine's description beside the figures."""
+    """Write ``bench/results/<name>.json`` with the machine's description beside the figures.
+
+    Figures of a GPU go to ``<name>_cuda.json``, beside those of a CPU.
+    """
     RESULTS.mkdir(exist_ok=True)
+    if torch.cuda.is_available() and "_cuda" not in name:
+        name += "_cuda"
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
     return path

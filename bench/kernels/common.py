@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -200,18 +198,8 @@ def main(op: str, description: str, build: Callable[[Shape, torch.dtype, str], C
         torch.cuda.empty_cache()
     print(table(rows))
     if arguments.write:
-        result = {"arguments": vars(arguments), "gpu": gpu(), "large_copy_bytes_per_second": peak, "rows": rows}
+        result = {"arguments": vars(arguments), "large_copy_bytes_per_second": peak, "rows": rows}
         print(f"written to {_outer_common().write_result(f'kernels_{op}', result)}")
-
-
-def gpu() -> dict[str, Any]:
-    """Versions that the machine's description leaves out."""
-    import triton
-
-    tool = shutil.which("nvidia-smi")
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0] if tool else "unknown"
-    return {"driver": driver, "cuda": torch.version.cuda, "triton": triton.__version__}
 
 
 def _outer_common() -> ModuleType:

@@ -92,7 +92,6 @@ def test_figures(op, common, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(outer, "machine", dict)
     monkeypatch.setattr(common, "_outer_common", lambda: outer)
     monkeypatch.setattr(common, "SHAPES", common.SMALL)
-    monkeypatch.setattr(common, "gpu", dict)
     monkeypatch.setattr(common, "time_on_gpu", lambda run: dict.fromkeys(("median", "p20", "p80"), next(times)))
     monkeypatch.setattr(
         common,
@@ -105,7 +104,7 @@ def test_figures(op, common, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", [op, "--write", "--dtype", "float32"])
     common.main(op, "", build)
 
-    result = json.loads((tmp_path / f"kernels_{op}.json").read_text())
+    result = json.loads((tmp_path / f"kernels_{op}_cuda.json").read_text())
     assert [row["shape"] for row in result["rows"]] == [list(shape.size) for shape in common.SMALL]
     for row, shape in zip(result["rows"], common.SMALL, strict=True):
         assert row["bytes"] == least_bytes(op, *shape.size)
