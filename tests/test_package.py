@@ -126,6 +126,19 @@ print(json.dumps({
     assert found["finders"] == [] and str(ROOT) not in found["path"]
 
 
+def test_the_folder_of_kernels_may_be_imported_by_its_bare_name():
+    """transformers does so where Python starts in the repository's root, as with ``python -m pytest``."""
+    script = """
+import smoothcache_fx.kernels, torch
+ours = smoothcache_fx.kernels.residual_store
+import kernels
+assert kernels is not smoothcache_fx.kernels and torch.ops.smoothcache.residual_store.default is ours._opoverload
+print(kernels.__file__)
+"""
+    found = run(sys.executable, "-c", script, cwd=ROOT)
+    assert Path(found.strip()) == ROOT / "kernels/__init__.py"
+
+
 def test_the_installed_wheel_compiles_and_caches(python, tmp_path):
     script = """
 import json
