@@ -32,6 +32,11 @@ def patches_of(mode: str | None, options: dict[str, Any] | None, dynamic: bool |
     return dict(torch._TorchCompileInductorWrapper(mode, options, dynamic).config)
 
 
+def uses_cuda_graphs(patches: dict[str, Any]) -> bool:
+    """Whether Inductor, with these settings, records CUDA graphs of what it compiles."""
+    return bool(patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+
+
 class CapturedGraph(OutputCode):
     """What AOTAutograd gets for Inductor's code of a graph, and keeps on disk: the captured graph.
 

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .backend import Session, breaks_of, check_selectors
 from .clock import Call, TimestepReader
+from .cuda_graphs import owned
 from .errors import CompiledError, NoSitesError
 from .pipelines import denoisers, is_pipeline
 from .scheduler_clock import DenoiserClock
@@ -77,6 +78,8 @@ class CompiledForward:
         try:
             with torch.no_grad():
                 output = self._compiled(*args, **kwargs)
+                if self.session.inner.cuda_graphs:
+                    output = owned(output)  # samplers of several orders keep some of them
             if len(self.session.programs) != self._checked_programs:
                 self._check_sites()
         except BaseException:

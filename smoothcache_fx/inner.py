@@ -10,11 +10,11 @@ import torch
 from torch.fx import GraphModule
 
 from . import _inductor, _torch
+from .cuda_graphs import Boxed, may_run_twice, recorded_at_once
 from .errors import CompiledError
 
 #: Gets the ATen graph and a function that compiles a variant of it; returns a callable that takes one list.
 Transform = Callable[[GraphModule, "CompileVariant"], Callable[[list[Any]], Sequence[Any]]]
-Boxed = Callable[[list[Any]], Sequence[Any]]
 
 
 class CompileVariant(Protocol):
@@ -28,6 +28,8 @@ class InnerCompiler(Protocol):
     shape_generic: bool
     #: Whether it fuses kernels and picks them by itself, and so rounds otherwise than the ops one by one.
     optimizes: bool
+    #: Whether what it compiles may return tensors that its next call writes over.
+    cuda_graphs: bool
 
     def capture(self, gm: GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]: ...
 
@@ -48,6 +50,7 @@ class NamedCompiler:
         self.backend = _torch.named_backend(name)
         self.kwargs = {key: value for key, value in (("mode", mode), ("options", options)) if value is not None}
         self.shape_generic = name == "eager"
+        self.cuda_graphs = name == "cudagraphs"
 
     def capture(self, gm: GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]:
         def inference(captured: GraphModule, _: Sequence[Any]) -> Boxed:
@@ -75,6 +78,7 @@ class InductorCompiler:
 
     def __init__(self, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> None:
         self.patches = _inductor.patches_of(mode, options, dynamic)
+        self.cuda_graphs = _inductor.uses_cuda_graphs(self.patches)
 
     def capture(self, gm: GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]:
         def inner_compile(captured: GraphModule, _: Sequence[Any], **settings: Any) -> Boxed:
@@ -90,8 +94,13 @@ class InductorCompiler:
         fakes = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
         # The captured graph's static inputs are its parameters; the variant's are these and every cache buffer.
         static = set(settings.get("static_input_idxs") or ())
-        positions = [i for i, source in enumerate(origin) if source in static or source < 0]
-        return _inductor.compile(gm, fakes, {**settings, "static_input_idxs": positions}, self.patches)
+        caches = [i for i, source in enumerate(origin) if source < 0]
+        positions = [i for i, source in enumerate(origin) if source in static] + caches
+        twice = self.cuda_graphs and may_run_twice(gm, caches)
+        run = _inductor.compile(gm, fakes, {**settings, "static_input_idxs": positions}, self.patches)
+        if not twice:
+            return run
+        return recorded_at_once(run, [i for i, fake in enumerate(fakes) if isinstance(fake, torch.SymInt)])
 
 
 def inner_compiler(

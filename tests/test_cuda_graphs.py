@@ -1,0 +1,219 @@
+"""CUDA graphs: what they ask of variants and callers, tried without a GPU; on a GPU the recordings themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import smoothcache_fx as smoothcache
+from capture import Stack, inputs
+from cases import randomize
+from oracle import Oracle
+from smoothcache_fx import Schedule
+from smoothcache_fx.cuda_graphs import may_run_twice, owned, recorded_at_once
+from smoothcache_fx.forward import compiled_forward
+
+ROWS = {"attn": [1, 0, 1, 0], "ffn": [1, 1, 0, 0]}
+
+
+@dataclass
+class Output:
+    sample: torch.Tensor
+    more: tuple[torch.Tensor, int]
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Stack()
+
+    def forward(self, x, c):
+        result = self.stack(x, c)
+        return Output(result, (result * 2, 3))
+
+
+def replays(gm, example_inputs, **settings):
+    """Stands for a graph that Inductor has recorded: every call's outputs lie where the last call's did."""
+    places = []
+
+    def run(arguments):
+        results = gm(*arguments)
+        arguments.clear()
+        if not places:
+            places.extend(result.clone() for result in results)
+        for place, result in zip(places, results, strict=True):
+            place.copy_(result)
+        return places
+
+    return run
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_outputs_that_a_sampler_keeps_are_not_written_over(monkeypatch, mode):
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", replays)
+    model, plain = (randomize(Wrapped(), 0).eval() for _ in range(2))
+    smoothcache.compile(model, Schedule.uniform(4, 1), mode=mode)
+    with torch.no_grad():
+        given = [inputs() for _ in range(8)]
+        kept = [model(x, c) for x, c in given]
+        expected = [plain(x, c) for x, c in given]
+    torch.testing.assert_close([k.sample for k in kept], [e.sample for e in expected])
+    torch.testing.assert_close([k.more for k in kept], [e.more for e in expected])
+
+
+def test_without_cuda_graphs_outputs_are_not_copied(monkeypatch):
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", replays)
+    model = randomize(Stack(), 0).eval()
+    smoothcache.compile(model, Schedule.uniform(4, 1), mode="max-autotune-no-cudagraphs")
+    with torch.no_grad():
+        assert model(*inputs()).data_ptr() == model(*inputs()).data_ptr()
+
+
+def test_outputs_of_any_structure_are_owned():
+    tensor = torch.randn(3)
+    value = {"a": [tensor, None], "b": Output(tensor, (tensor, 3))}
+    result = owned(value)
+    leaves = [result["a"][0], result["b"].sample, result["b"].more[0]]
+    assert all(leaf.equal(tensor) and leaf.data_ptr() != tensor.data_ptr() for leaf in leaves)
+    assert result["a"][1] is None and result["b"].more[1] == 3
+    assert value["b"].sample is tensor
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (lambda x, cache: x + cache, True),
+        (lambda x, cache: (cache.copy_(x * 2), x)[1], True),
+        (lambda x, cache: (cache.view(-1).copy_(x.view(-1)), x)[1], True),
+        (lambda x, cache: (x.copy_(cache), x * 2)[1], False),
+        (lambda x, cache: (x.view(-1).add_(cache.view(-1)), x * 2)[1], False),
+        (lambda x, cache: x + torch.rand_like(x), False),
+        (lambda x, cache: torch.nn.functional.dropout(x, 0.5), False),
+    ],
+    ids=["reads", "stores", "stores through a view", "writes", "writes through a view", "random", "dropout"],
+)
+def test_a_variant_runs_twice_only_where_that_is_the_same_as_once(step, expected):
+    gm = make_fx(step, tracing_mode="fake")(torch.randn(2, 3), torch.randn(2, 3))
+    assert may_run_twice(gm, [1]) is expected
+
+
+def test_a_recording_is_made_at_the_first_call_for_each_size():
+    seen = []
+
+    def run(arguments):
+        seen.append(list(arguments))
+        arguments.clear()
+        return [len(seen)]
+
+    call = recorded_at_once(run, [0])
+    assert [call([size, "x"]) for size in (4, 4, 5, 4, 5)] == [[2], [3], [5], [6], [7]]
+    assert seen == [[4, "x"]] * 3 + [[5, "x"]] * 2 + [[4, "x"], [5, "x"]]
+
+
+def test_every_variant_is_recorded_within_the_first_trajectory(monkeypatch):
+    """Of a schedule with variants that a trajectory has once: warmed up and recorded, then replayed."""
+    runs = []
+
+    def count(gm, example_inputs, **settings):
+        runs.append(0)
+        index = len(runs) - 1
+
+        def run(arguments):
+            runs[index] += 1
+            return gm(*arguments)
+
+        return run
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", count)
+    model, plain = (randomize(Stack(), 0).eval() for _ in range(2))
+    smoothcache.compile(model, Schedule(4, ROWS), mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(4):
+            model(*inputs())
+        assert runs == [2] * 4
+        x, c = inputs()
+        torch.testing.assert_close(model(x, c), plain(x, c))
+        for _ in range(3):
+            model(*inputs())
+    assert runs == [3] * 4
+
+
+@pytest.mark.parametrize("calls_per_step", [1, 2])
+def test_nothing_in_a_step_waits_for_the_device(calls_per_step):
+    """On the meta device a tensor's values cannot be read: neither by ``.item()`` nor by a copy to the CPU."""
+    from diffusers import DiTTransformer2DModel
+
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(2, 8, 4, num_layers=2, sample_size=8, num_embeds_ada_norm=10).eval()
+        latent, label, timestep = torch.empty(2, 4, 8, 8), torch.zeros(2, dtype=int), torch.zeros(2, dtype=int)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        timestep[0].item()
+    with pytest.raises(NotImplementedError):
+        latent.cpu()
+    smoothcache.compile(model, Schedule(4, ROWS), backend="eager", calls_per_step=calls_per_step)
+    with torch.no_grad():
+        for _ in range(2 * 4 * calls_per_step):
+            assert model(latent, timestep, label).sample.is_meta
+    report = smoothcache.report(model)
+    assert not report.forced and {group.computed for group in report.groups} == {2 * 2 * 2 * calls_per_step}
+
+
+@pytest.fixture
+def recordings(monkeypatch) -> list[int]:
+    """The functions that Inductor has recorded, in order; where it cannot record, it fails."""
+    from torch._inductor import config, cudagraph_trees
+
+    monkeypatch.setattr(config.triton, "cudagraph_or_error", True)
+    found = []
+    record = cudagraph_trees.CUDAGraphTreeManager.record_function
+
+    def recorded(self, new_inputs, function_id):
+        found.append(function_id.id)
+        return record(self, new_inputs, function_id)
+
+    monkeypatch.setattr(cudagraph_trees.CUDAGraphTreeManager, "record_function", recorded)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("calls_per_step", [1, 2])
+def test_trajectories_on_a_gpu_replay_what_the_first_one_recorded(mode, calls_per_step, recordings):
+    device = torch.device("cuda")
+    names = [f"blocks.{index}.{branch}" for index in range(2) for branch in ("attn", "mlp")]
+    rows = {name: ROWS["attn" if name.endswith("attn") else "ffn"] for name in names}
+
+    @dataclass
+    class Branch:
+        module: str
+        call: int = 0
+
+    model = randomize(Stack(2), 0).eval().to(device)
+    references = [randomize(Stack(2), 0).eval().to(device) for _ in range(calls_per_step)]
+    smoothcache.compile(model, Schedule(4, rows), mode=mode, calls_per_step=calls_per_step)
+    skips = counters["inductor"]["cudagraph_skips"]
+    oracles = [Oracle(reference, {name: Branch(name) for name in rows}, rows) for reference in references]
+    addresses, kept, expected = set(), [], []
+    with torch.no_grad():
+        for trajectory in range(3):
+            before = len(recordings)
+            for step in range(4):
+                for reference, oracle in zip(references, oracles, strict=True):
+                    x, c = (tensor.to(device) for tensor in inputs())
+                    kept.append(model(x, c))
+                    with oracle, oracle.step(step):
+                        expected.append(reference(x, c))
+            (program,) = compiled_forward(model).session.programs
+            streams = program.bindings[0].streams.values()
+            addresses.add(tuple(tensor.data_ptr() for stream in streams for tensor in stream.buffers))
+            # A variant for each of the four steps, and each stream's cache lies elsewhere.
+            assert len(recordings) - before == (0 if trajectory else 4 * calls_per_step)
+    assert len(addresses) == 1 and counters["inductor"]["cudagraph_skips"] == skips
+    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-4)
