@@ -3,6 +3,7 @@
 from .cuts import container_of, work_outside
 from .flops import count_flops
 from .fuse import fuse, should_fuse
+from .fuse_norms import fuse_norms
 from .guard import guard, insert_guards, run_guarded
 from .narrow import narrow
 from .observe import observe
@@ -20,6 +21,7 @@ __all__ = [
     "count_flops",
     "find_sites",
     "fuse",
+    "fuse_norms",
     "guard",
     "insert_guards",
     "narrow",

@@ -8,6 +8,9 @@ from torch.fx import GraphModule, Node
 from .facts import is_view_or_cast, packet
 from .guard import CACHE, DECISION, guard, placeholders
 
+#: Ops that write to their fourth argument.
+WRITERS = ("smoothcache.residual_store", "smoothcache.residual_norm")
+
 
 class GraphError(RuntimeError):
     """A pass made a graph that must not run: a defect of this package, never of the user's model."""
@@ -108,4 +111,4 @@ def _writes(user: Node, cache: Node) -> bool:
     """Whether an op writes to the argument that is the cache, or a view of it."""
     if packet(user) is torch.ops.aten.copy_:
         return user.args[0] is cache
-    return str(packet(user)) == "smoothcache.residual_store" and user.args[3] is cache
+    return str(packet(user)) in WRITERS and user.args[3] is cache

@@ -12,7 +12,18 @@ from torch.fx import GraphModule
 
 from . import _torch
 from .inner import CompileVariant, InnerCompiler
-from .passes import Site, analyze, check_graph, count_flops, fuse, insert_guards, narrow, should_fuse, specialize
+from .passes import (
+    Site,
+    analyze,
+    check_graph,
+    count_flops,
+    fuse,
+    fuse_norms,
+    insert_guards,
+    narrow,
+    should_fuse,
+    specialize,
+)
 from .passes.guard import CACHE, placeholders
 from .passes.specialize import variant_inputs
 from .program import Mask, Variant
@@ -128,7 +139,7 @@ class GraphBuilder:
             if self._inner.optimizes:
                 graph = narrow(graph)  # a narrower product may be summed in another order
             if should_fuse(graph, self._inner.optimizes):
-                graph = fuse(graph)
+                graph = fuse_norms(fuse(graph))
             self.graphs[mask] = check_graph(graph, like=self.captured, stage="variant")
         return self.graphs[mask]
 

@@ -20,10 +20,10 @@ from models import CASES
 from oracle import Oracle
 from smoothcache_fx import build
 from structures import AddcmulBlock
-from tolerances import SAME_KERNELS, assert_as_exact, assert_trajectories_close
+from tolerances import FUSED_KERNELS, SAME_KERNELS, assert_as_exact, assert_trajectories_close
 
 ops = torch.ops.smoothcache
-KERNELS = (ops.residual_store, ops.residual_load, ops.residual_accumulate)
+KERNELS = (ops.residual_store, ops.residual_load, ops.residual_accumulate, ops.residual_norm)
 
 
 def variant_of(model: nn.Module, mask: tuple[bool, ...], *args: Tensor):
@@ -148,11 +148,17 @@ def test_it_pays_on_cuda_under_compilers_that_do_not_fuse():
     assert not should_fuse(variant, fuses_by_itself=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "norms"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)],
+    ids=["adds-float32", "norms-float32", "norms-bfloat16"],
+)
 @pytest.mark.parametrize("name", CASES)
-def test_trajectories_are_the_oracles(name, dtype, monkeypatch):
-    """In float32 bit for bit; in bfloat16 the kernels round once where eager PyTorch rounds twice."""
+def test_trajectories_are_the_oracles(name, dtype, norms, monkeypatch):
+    """In float32 adds are so bit for bit; in bfloat16 the kernels round once where eager PyTorch rounds twice."""
     monkeypatch.setattr(build, "should_fuse", lambda graph, fuses_by_itself: True)
+    if not norms:
+        monkeypatch.setattr(build, "fuse_norms", lambda graph: graph)
     case, steps = CASES[name], 6
     schedule, rows = random_rows(list(case.branches), steps, seed=3)
     run = {"steps": steps, "seed": 1, "dtype": dtype}
@@ -161,7 +167,7 @@ def test_trajectories_are_the_oracles(name, dtype, monkeypatch):
     with Oracle(case.build(0, dtype), case.branches, rows) as oracle:
         expected = run_trajectory(case, oracle.model, around=oracle.step, **run)
     if dtype is torch.float32:
-        assert_trajectories_close(actual, expected, SAME_KERNELS[dtype], name)
+        assert_trajectories_close(actual, expected, (FUSED_KERNELS if norms else SAME_KERNELS)[dtype], name)
     else:
         with Oracle(case.build(0, torch.float32), case.branches, rows) as oracle:
             exact = run_trajectory(case, oracle.model, around=oracle.step, **{**run, "dtype": torch.float32})
