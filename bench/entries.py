@@ -75,7 +75,7 @@ class Entry:
         self.timers.append(timer)
         self.recompiled += _graphs() - graphs
         if sampler.device != "cpu":
-            self.peak = max(self.peak, torch.cuda.max_memoryallocated_bytes() - allocated)
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() - allocated)
 
     def cached_step_share(self) -> float | None:
         """Median seconds of calls that reuse something, over the median of those that reuse nothing."""
@@ -93,7 +93,7 @@ def _graphs() -> int:
 
 
 def allocated_bytes() -> int:
-    return torch.cuda.memoryallocated_bytes() if torch.cuda.is_available() else 0
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -73,3 +74,11 @@ def test_stdit3_has_the_published_blocks(monkeypatch):
     blocks = [child for child in model.modules() if isinstance(child, nn.ModuleList)]
     assert [len(children) for children in blocks] == [28, 28]
     assert {child.in_features for child in model.modules() if isinstance(child, nn.Linear)} >= {1152, 4608, 4096}
+
+
+def test_what_is_used_of_torch_cuda_exists():
+    """Most of it runs on a GPU alone: a misspelt name would be found there."""
+    for folder in ("bench", "smoothcache_fx", "passes", "kernels", "tests"):
+        for path in (BENCH.parent / folder).rglob("*.py"):
+            for name in re.findall(r"\btorch\.cuda\.(\w+)", path.read_text()):
+                assert hasattr(torch.cuda, name), f"{path} uses torch.cuda.{name}"
