@@ -24,6 +24,9 @@ _KEPT_METADATA = (
     *("val", "tensor_meta", "desc", "stack_trace", "nn_module_stack", "original_aten"),
     *("user_visible_output_idxs", "output_stack_traces", "mutation_region_id"),
 )
+# Settings that are given when a graph is captured and not when it is read from disk: left out, since all settings are
+# part of the key of Inductor's own cache. Their defaults are what they are given as.
+_NOT_SETTLED = ("is_backward", "get_decomp_fn")
 _inner_compile: ContextVar[InnerCompile] = ContextVar("_inner_compile")
 
 
@@ -80,7 +83,7 @@ class CapturedGraph(OutputCode):
         self.compile(example_inputs)
 
     def compile(self, example_inputs: Sequence[Any]) -> None:
-        settings = {key: value for key, value in self.settings.items() if key != "is_backward"}
+        settings = {key: value for key, value in self.settings.items() if key not in _NOT_SETTLED}
         self.run = _inner_compile.get()(self.captured, example_inputs, **settings)
 
     def set_triton_bundle(self, triton_bundle: Any) -> None:

@@ -387,6 +387,7 @@ TWO_PROCESSES = """
     found = [counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "miss", "bypass")]
     assert found == ([1, 0, 0] if sys.argv[2] == "again" else [0, 1, 0]), counters["aot_autograd"]
     if sys.argv[2] == "again":
+        assert not counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]
         earlier = torch.load(sys.argv[1])
         assert all(map(torch.equal, outputs, earlier))
     torch.save(outputs, sys.argv[1])
