@@ -60,6 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument(
+        "--fewer-guards", action="store_true", help="without guards on modules: what is set on them goes unnoticed"
+    )
     parser.add_argument("--write", action="store_true", help="write bench/results/host_time.json")
     arguments = parser.parse_args()
 
@@ -77,10 +80,11 @@ def main() -> None:
     def inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         return compile_fx(gm, inputs, inner_compile=compile_clocked)
 
-    models = {"torch.compile": torch.compile(plain, backend=inductor), "smoothcache": cached}
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe} if arguments.fewer_guards else None
+    models = {"torch.compile": torch.compile(plain, backend=inductor, options=options), "smoothcache": cached}
     with config.patch(force_disable_caches=True), torch.no_grad():  # a clocked graph cannot be kept on disk
         models["torch.compile"](latents, timesteps[0], labels)
-    smoothcache.compile(cached, smoothcache.Schedule.uniform(STEPS, STEPS))
+    smoothcache.compile(cached, smoothcache.Schedule.uniform(STEPS, STEPS), options=options)
     with torch.no_grad():
         for step in range(STEPS):
             cached(latents, timesteps[step], labels)

@@ -31,12 +31,20 @@ HOST_SYNC_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",
 
 
 def dynamo_compile(
-    forward: Callable[..., Any], backend: Callable[..., Any], *, data_dependent_sizes: bool = False, **options: Any
+    forward: Callable[..., Any],
+    backend: Callable[..., Any],
+    *,
+    data_dependent_sizes: bool = False,
+    guard_filter_fn: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> Callable[..., Any]:
     """``torch.compile`` whose recompiles count for this call alone: many models of a class do not exhaust the limit.
 
     With ``data_dependent_sizes`` the graph does not break where a size depends on data, as after ``nonzero``.
+    ``guard_filter_fn`` is ``torch.compile``'s option of this name.
     """
+    if guard_filter_fn is not None:
+        options["options"] = {"guard_filter_fn": guard_filter_fn}
     # Frames behind a graph break have code that other calls share: Dynamo tells whose graphs are whose by the backend.
     backend = functools.partial(backend)
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:

@@ -12,7 +12,7 @@ from .backend import Session
 from .clock import Clock
 from .errors import CompiledError
 from .forward import CompiledForward, ForwardPlace, compiled_forwards, forward_of
-from .inner import inner_compiler
+from .inner import InnerCompiler, inner_compiler
 from .pipelines import denoisers, follow_cache_context, is_pipeline
 from .schedule import Schedule
 from .scheduler_clock import DenoiserClock, SchedulerClock
@@ -48,7 +48,7 @@ def compile(
             scheduler.
         backend: the inner compiler: ``inductor``, ``eager``, ``aot_eager`` or any name of
             ``torch._dynamo.list_backends(None)``.
-        mode, dynamic, fullgraph, options: as for ``torch.compile``.
+        mode, dynamic, fullgraph, options: as for ``torch.compile``; ``guard_filter_fn`` among the options is Dynamo's.
         calls_per_step: how often the sampler calls the model in one step (2 for a conditional and an unconditional
             call). The calls of one step have caches of their own. Not for pipelines, where it need not be known.
 
@@ -82,7 +82,7 @@ def compile(
         for model in models.values():
             check_compilable(model)
         shared = SchedulerClock(schedule.steps)
-        inner_compiler(backend, mode, options, dynamic)  # raises for bad arguments before anything is replaced
+        _inner_compiler(settings)  # raises for bad arguments before anything is replaced
         forwards = [_install(model, schedule, DenoiserClock(shared), settings) for model in models.values()]
         for forward in forwards:
             forward.peers = forwards
@@ -94,13 +94,23 @@ def compile(
 def _install(
     model: torch.nn.Module, schedule: Schedule, clock: Clock | DenoiserClock, settings: Mapping[str, Any]
 ) -> CompiledForward:
-    inner = inner_compiler(settings["backend"], settings["mode"], settings["options"], settings["dynamic"])
-    session = Session(schedule, inner, clock, model)
+    session = Session(schedule, _inner_compiler(settings), clock, model)
     place = ForwardPlace(model)
-    compiled = Traced(place.forward, session, dynamic=settings["dynamic"], fullgraph=settings["fullgraph"])
+    compiled = Traced(
+        place.forward,
+        session,
+        dynamic=settings["dynamic"],
+        fullgraph=settings["fullgraph"],
+        guard_filter_fn=(settings["options"] or {}).get("guard_filter_fn"),
+    )
     forward = CompiledForward(place, session, compiled, settings)
     forward.install(place)
     return forward
+
+
+def _inner_compiler(settings: Mapping[str, Any]) -> InnerCompiler:
+    options = {name: value for name, value in (settings["options"] or {}).items() if name != "guard_filter_fn"}
+    return inner_compiler(settings["backend"], settings["mode"], options or None, settings["dynamic"])
 
 
 def _join(
