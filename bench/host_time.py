@@ -80,8 +80,10 @@ def main() -> None:
     def inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         return compile_fx(gm, inputs, inner_compile=compile_clocked)
 
-    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe} if arguments.fewer_guards else None
-    models = {"torch.compile": torch.compile(plain, backend=inductor, options=options), "smoothcache": cached}
+    options: dict[str, Any] = {}
+    if arguments.fewer_guards:
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    models = {"torch.compile": torch.compile(plain, backend=inductor, options=dict(options)), "smoothcache": cached}
     with config.patch(force_disable_caches=True), torch.no_grad():  # a clocked graph cannot be kept on disk
         models["torch.compile"](latents, timesteps[0], labels)
     smoothcache.compile(cached, smoothcache.Schedule.uniform(STEPS, STEPS), options=options)
