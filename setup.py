@@ -56,5 +56,8 @@ setup(
         "plot": PLOT,
         "test": TEST,
     },
-    entry_points={"torch_dynamo_backends": ["smoothcache = smoothcache_fx.backend:smoothcache_backend"]},
+    entry_points={
+        "console_scripts": ["smoothcache = smoothcache_fx.cli:main"],
+        "torch_dynamo_backends": ["smoothcache = smoothcache_fx.backend:smoothcache_backend"],
+    },
 )

@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .calibration import Calibration
+from .comparison import Comparison, compare
 from .compiler import compile, disabled, remove, reset
 from .errors import (
     CalibrationError,
@@ -19,6 +20,7 @@ from .schedule import Schedule
 __all__ = [
     "Calibration",
     "CalibrationError",
+    "Comparison",
     "CompiledError",
     "Explanation",
     "NoSitesError",
@@ -29,6 +31,7 @@ __all__ = [
     "StepError",
     "__version__",
     "calibrate",
+    "compare",
     "compile",
     "disabled",
     "dump",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -150,3 +152,30 @@ def compile(
         torch.no_grad(),
     ):
         return compile_fx_inner(gm, fake_inputs, **settings)
+
+
+def code_path(run: Callable[..., Any]) -> str | None:
+    """Where the Python code lies that Inductor made for a compiled graph; None for other compilers' code."""
+    from torch._inductor.codecache import get_path
+
+    key = getattr(inspect.unwrap(run), "cache_key", None)
+    path = Path(get_path(key, "py")[2]) if isinstance(key, str) else None
+    return str(path) if path is not None and path.exists() else None
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor finds, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return None
+
+
+def cache_directory() -> str:
+    """Where Inductor keeps compiled code; it is made if it is not there."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()

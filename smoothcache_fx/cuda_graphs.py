@@ -78,6 +78,7 @@ def recorded_at_once(run: Boxed, sizes: Sequence[int]) -> Boxed:
             recorded.add(key)
         return run(arguments)
 
+    call.__wrapped__ = run
     return call
 
 

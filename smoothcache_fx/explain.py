@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 
 from .backend import Program, Session, breaks_of, plan_sites, share_outside
 from .clock import Clock
+from .dumping import write_session
 from .errors import CompiledError
 from .forward import ForwardPlace, check_inference, compiled_forward, forward_of, no_sites_error
 from .inner import inner_compiler
@@ -23,7 +23,7 @@ from .passes.flops import concrete
 from .program import Mask, SiteInfo
 from .report import describe_breaks
 from .schedule import Schedule
-from .tables import format_bytes, format_flops, format_table
+from .tables import Printable, format_bytes, format_flops, format_table
 from .traced import Traced
 
 
@@ -59,7 +59,7 @@ class AddExplanation:
 
 
 @dataclass
-class Explanation:
+class Explanation(Printable):
     """What ``explain`` found; ``print`` it.
 
     Attributes:
@@ -89,6 +89,10 @@ class Explanation:
     def cache_bytes(self) -> int:
         """Memory for one stream if all sites are cached."""
         return sum(site.cache_bytes for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as dictionaries, lists and numbers, for JSON."""
+        return {**asdict(self), "breaks": dict(self.breaks), "cache_bytes": self.cache_bytes}
 
     def groups(self) -> dict[str, list[SiteExplanation]]:
         """The sites by group, in the model's order."""
@@ -224,47 +228,19 @@ def _predict(programs: list[Program], schedule: Schedule) -> tuple[int, float]:
 
 
 def dump(model: torch.nn.Module, directory: str | PathLike[str]) -> list[Path]:
-    """Write the graphs of a compiled model as Python: captured, guarded, and each variant made so far.
+    """Write the graphs of a compiled model: captured, guarded, and each variant made so far.
+
+    Each is a Python file that runs and a Graphviz drawing (also an SVG, where Graphviz is installed); ``sites.json``
+    has sites, masks and where Inductor's code lies, ``README.md`` says what is what. With the environment variable
+    ``SMOOTHCACHE_DUMP=directory`` every compiled model writes its own whenever it has a new variant.
 
     Returns:
-        The files written: ``graph_0/captured.py``, ``graph_0/guarded.py``, ``graph_0/variant_0.py``, ...
+        The files written, the index first: ``README.md``, ``sites.json``, ``graph_0/captured.py``, ...
 
     Raises:
         CompiledError: the model is not compiled, or has not run since.
     """
-    programs = compiled_forward(model).session.programs
-    if not programs:
+    session = compiled_forward(model).session
+    if not session.programs:
         raise CompiledError("nothing is captured yet: call the compiled model once, then dump its graphs")
-    written = []
-    for position, program in enumerate(programs):
-        folder = Path(directory) / f"graph_{position}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, heading, graph in _stages(program):
-            path = folder / f"{name}.py"
-            path.write_text(_as_python(heading, graph), encoding="utf-8")
-            written.append(path)
-    return written
-
-
-def _stages(program: Program) -> Iterator[tuple[str, str, GraphModule]]:
-    builder = program.builder
-    names = [site.name for site in program.bindings[0].sites] if program.bindings else []
-    listed = ", ".join(names)
-    yield "captured", "The graph as AOTAutograd captured it.", builder.captured
-    yield (
-        "guarded",
-        f"The graph with a guard behind each site's output. Sites in order: {listed}.",
-        builder.guarded,
-    )
-    for index, (mask, graph) in enumerate(builder.graphs.items()):
-        computed = [name for i, name in enumerate(names) if mask.compute >> i & 1]
-        reused = [name for i, name in enumerate(names) if not mask.compute >> i & 1]
-        heading = f"Computed: {', '.join(computed) or 'none'}.\nReused: {', '.join(reused) or 'none'}."
-        yield f"variant_{index}", heading, graph
-
-
-def _as_python(heading: str, graph: GraphModule) -> str:
-    comment = "\n".join(f"# {line}" for line in heading.splitlines())
-    code = graph.print_readable(print_output=False, include_device=True)
-    code = code.replace(f"class {graph._get_name()}(", "class GraphModule(", 1)  # AOTAutograd's are called <lambda>
-    return f"{comment}\nimport torch\nfrom smoothcache_fx.passes import guard\n\n{code}\n"
+    return write_session(session, type(model).__name__, Path(directory))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
+import os
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .backend import Session, breaks_of, check_selectors
 from .clock import Call, TimestepReader
 from .cuda_graphs import owned
+from .dumping import write_session
 from .errors import CompiledError, NoSitesError
 from .pipelines import denoisers, is_pipeline
 from .scheduler_clock import DenoiserClock
@@ -24,6 +28,7 @@ log = logging.getLogger(__name__)
 # The compiled forward of each compiled model, wherever hooks that were put on later have moved it. The model holds
 # it; a reference from here would hold the model.
 _forwards = WeakIdKeyDictionary()
+_dump_numbers = itertools.count()
 
 
 class CompiledForward:
@@ -55,6 +60,8 @@ class CompiledForward:
         self._compiled = compiled
         self._timestep = TimestepReader(self.original)
         self._checked_programs = 0
+        self._dump_directory = _dump_directory(type(place.model).__name__)
+        self._dumped = 0
 
     def install(self, place: ForwardPlace) -> None:
         place.put(self)
@@ -85,10 +92,23 @@ class CompiledForward:
         except BaseException:
             clock.abandon()
             raise
+        finally:
+            if self._dump_directory is not None:
+                self._dump()
         self.calls += 1
         if self.session.ran_at != clock.serial:
             self._note_uncompiled_call()
         return output
+
+    def _dump(self) -> None:
+        """Write the graphs if there is a variant that has not been written, compiled or not."""
+        graphs = sum(2 + len(program.builder.graphs) for program in self.session.programs)
+        if graphs != self._dumped:
+            self._dumped = graphs
+            try:
+                write_session(self.session, type(self.model).__name__, self._dump_directory)
+            except OSError as error:
+                log.warning("SMOOTHCACHE_DUMP: the graphs cannot be written: %s", error)
 
     def _note_uncompiled_call(self) -> None:
         if not self.uncompiled_calls:
@@ -121,6 +141,15 @@ class CompiledForward:
         raise CompiledError(
             "a compiled model cannot be pickled. Save its state_dict(), or call smoothcache.remove(model) first"
         )
+
+
+def _dump_directory(model: str) -> Path | None:
+    """Where a model writes its graphs without being asked: a folder of its own in ``SMOOTHCACHE_DUMP``."""
+    root = os.environ.get("SMOOTHCACHE_DUMP")
+    if not root:
+        return None
+    number = next(_dump_numbers)
+    return Path(root) / (f"{model}_{number}" if number else model)
 
 
 class ForwardPlace:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -88,4 +88,27 @@ def plot_schedules(schedules: Mapping[str, Schedule], path: str | PathLike[str])
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.tick_params(left=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_frontier(points: Sequence[tuple[str, float, float, float]], path: str | PathLike[str]) -> None:
+    """Draw PSNR in dB over measured speed-up and over MAC ratio; a point is name, speed-up, MAC ratio and PSNR.
+
+    Points with an infinite PSNR (nothing is reused) cannot be drawn and are left out.
+    """
+    finite = [point for point in points if np.isfinite(point[3])]
+    if not finite:
+        raise ValueError("there is no point to draw: every sample equals the uncached one, or there is none")
+    figure = new_figure(8.5, 3.6)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, index, label in ((axes[0], 1, "times faster than uncached"), (axes[1], 2, "MAC ratio")):
+        ordered = sorted(finite, key=lambda point: point[index])
+        axis.plot([p[index] for p in ordered], [p[3] for p in ordered], color="0.75", zorder=1)
+        for number, (name, *_) in enumerate(finite):
+            colour = COLOURS[number % len(COLOURS)]
+            axis.plot(finite[number][index], finite[number][3], "o", color=colour, label=name)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("PSNR to the uncached sample (dB)")
+    axes[1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

@@ -110,6 +110,7 @@ class Binding:
         self.buffer_count = buffer_count
         self.streams: dict[Hashable, Stream] = {}
         self.calls: Counter[tuple[Mask, int]] = Counter()
+        self.planned: Counter[int] = Counter()
         self.forced: Counter[str] = Counter()
 
     def stream(self, key: Hashable, signature: tuple[Any, ...]) -> Stream:
@@ -153,6 +154,7 @@ class Binding:
             if mask.store >> index & 1:
                 stream.stored_at[index] = step
         stream.last_step = step
+        self.planned[self.plan.compute[step]] += 1
 
     @property
     def cache_bytes(self) -> int:

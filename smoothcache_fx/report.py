@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .backend import Program, breaks_of, share_outside
 from .forward import CompiledForward, compiled_forwards
 from .passes.names import group_of
-from .tables import format_bytes, format_table
+from .tables import Printable, format_bytes, format_table
 
 
 @dataclass
 class GroupReport:
-    """Calls of a group's sites, summed over sites, streams and steps."""
+    """Calls of a group's sites, summed over sites, streams and steps.
+
+    Attributes:
+        planned: reuses that the schedule asked for; more than ``reused`` where the cache did not hold what it wanted.
+    """
 
     group: str
     kind: str
     sites: int = 0
     computed: int = 0
     reused: int = 0
+    planned: int = 0
 
 
 @dataclass
-class Report:
+class Report(Printable):
     """Counts since ``compile``.
 
     Attributes:
@@ -59,8 +64,12 @@ class Report:
     cache_bytes: int = 0
     mac_ratio: float = 1.0
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as dictionaries, lists and numbers, for JSON."""
+        return {**asdict(self), "breaks": dict(self.breaks), "forced": dict(self.forced)}
+
     def __str__(self) -> str:
-        rows = [("group", "kind", "sites", "computed", "reused", "reused %")]
+        rows = [("group", "kind", "sites", "computed", "planned reuses", "reused", "reused %")]
         for group in self.groups:
             share = group.reused / max(1, group.computed + group.reused)
             rows.append(
@@ -69,6 +78,7 @@ class Report:
                     group.kind,
                     str(group.sites),
                     str(group.computed),
+                    str(group.planned),
                     str(group.reused),
                     f"{share:.0%}",
                 )
@@ -173,3 +183,4 @@ def _count_sites(program: Program, groups: dict[str, GroupReport], prefix: str) 
             entry.sites += 1
             entry.computed += computed
             entry.reused += calls - computed
+            entry.planned += sum(count for plan, count in binding.planned.items() if not plan >> index & 1)

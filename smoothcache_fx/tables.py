@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
+
+
+class Printable:
+    """What is read by printing it: notebooks show the same text."""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -253,6 +253,21 @@ def test_fullgraph_is_handed_on():
         model(*inputs())
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_guard_filter_is_dynamos(model, backend):
+    guards = []
+
+    def keep_all(entries):
+        guards.extend(entries)
+        return [True] * len(entries)
+
+    options = {"guard_filter_fn": keep_all}
+    smoothcache.compile(model, Schedule(2, {"attn": [1, 0]}), backend=backend, options=options)
+    with torch.no_grad():
+        model(*inputs())
+    assert guards and options == {"guard_filter_fn": keep_all}, "as it was given"
+
+
 def test_copies_and_pickles_are_refused(model):
     smoothcache.compile(model, SCHEDULE, backend="eager")
     with pytest.raises(CompiledError, match="cannot be copied"):
