@@ -1,8 +1,8 @@
 """What a cached step takes on the host besides its graph: ``python bench/host_time.py``.
 
-A DiT of 28 blocks under Inductor, ours with all branches reused and plain ``torch.compile``. Once compiled, every graph
-is replaced by one that returns at once what it returned before, as a replayed CUDA graph does: what is left of a call is
-the host's part. Dynamo's guards are in both; ours has the clock, the choice of a variant and its arguments on top.
+A DiT of 28 blocks under Inductor, ours with all branches reused and plain ``torch.compile``. Once compiled, each graph
+is replaced by one that returns at once what it returned before, as a replayed CUDA graph does: what is left of a call
+is the host's part. Dynamo's guards are in both; ours has the clock, the choice of a variant and its arguments on top.
 """
 
 from __future__ import annotations

@@ -283,7 +283,7 @@ def _made_by(factory: str, expected: str) -> tuple[Any, Any]:
         sys.path.insert(0, os.getcwd())
     function = getattr(importlib.import_module(place), name, None)
     if not callable(function):
-        raise ValueError(f"{place} has no function called {name!r}")
+        raise TypeError(f"{place} has no function called {name!r}")
     made = function()
     if not isinstance(made, tuple) or len(made) != 2:
         raise ValueError(f"{factory} returned {type(made).__name__}, expected a tuple of two: {expected}")

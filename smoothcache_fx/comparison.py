@@ -202,8 +202,8 @@ def _run(model_or_pipeline: Any, sample: Callable[[Any], Any], rounds: int) -> _
     again = _as_vector(again)
     if again.shape != result.shape or _relative_l2(result, again) > SAME:
         raise SmoothCacheError(
-            "sample(model) returned something else when it was called again, so that nothing can be said of a schedule: "
-            "make its noise from a fixed seed inside of it, such as torch.Generator().manual_seed(0)"
+            "sample(model) returned something else when it was called again, so that nothing can be said of a "
+            "schedule: make its noise from a fixed seed inside of it, such as torch.Generator().manual_seed(0)"
         )
     return _Run(value, result, outputs, statistics.median(seconds), report(model_or_pipeline).mac_ratio)
 

@@ -20,12 +20,13 @@ DEPTH = 2
 #: Seconds that Graphviz may take.
 PATIENCE = 60
 
-_BLUE, _ORANGE, _GREEN, *_ = COLOURS
+_BLUE, _ORANGE, _GREEN, _, _YELLOW, *_ = COLOURS
 _STYLES = {
     "branch": f'shape=box, style=filled, fillcolor="{_BLUE}", fontcolor=white',
     "guard": f'shape=diamond, style=filled, fillcolor="{_ORANGE}"',
     "cache": f'shape=cylinder, style=filled, fillcolor="{_GREEN}"',
     "add": "shape=circle, width=0.3, fixedsize=true",
+    "kernel": f'shape=box, style=filled, fillcolor="{_YELLOW}"',
     "input": "shape=ellipse",
     "module": "shape=box, style=rounded",
     "output": "shape=ellipse",
@@ -88,8 +89,9 @@ def draw(dot: Path) -> Path | None:
 
 def _boxes(gm: GraphModule, sites: Sequence[Site]) -> dict[Node, tuple[str, str]]:
     """Which box each node is in, as kind and name; parameters and decisions are in none."""
-    region = {node.name: index for index, site in enumerate(sites) for node in site.region}
-    adds = {node.name: index for index, site in enumerate(sites) for node in site.adds}
+    branches = {node.name: str(index) for index, site in enumerate(sites) for node in _until_output(site)}
+    # What lies between a branch's output and the add, views and gate, is drawn as part of the add.
+    adds = {n.name: str(i) for i, s in enumerate(sites) for n in (*s.region, *s.adds) if n.name not in branches}
     boxes = {}
     for node in gm.graph.nodes:
         if WEIGHT in node.meta or DECISION in node.meta or node.op == "get_attr":
@@ -102,13 +104,24 @@ def _boxes(gm: GraphModule, sites: Sequence[Site]) -> dict[Node, tuple[str, str]
             boxes[node] = ("cache", node.args[0].name)
         elif node.target is guard:
             boxes[node] = ("guard", node.name)
-        elif node.name in adds or str(node.target).startswith("smoothcache."):
-            boxes[node] = ("add", node.name)
-        elif node.name in region:
-            boxes[node] = ("branch", str(region[node.name]))
+        elif str(node.target).startswith("smoothcache."):
+            boxes[node] = ("kernel", f"{node.target}".split(".")[1] + f" {node.name}")
+        elif node.name in branches:
+            boxes[node] = ("branch", branches[node.name])
+        elif node.name in adds:
+            boxes[node] = ("add", adds[node.name])
         else:
             boxes[node] = ("module", ".".join(module_path(node).split(".")[:DEPTH]))
     return boxes
+
+
+def _until_output(site: Site) -> list[Node]:
+    """The nodes of a site's region that lead to what it caches."""
+    behind: set[Node] = set()
+    for node in site.region:
+        if any(parent in behind or parent in site.outputs for parent in node.all_input_nodes):
+            behind.add(node)
+    return [node for node in site.region if node not in behind]
 
 
 def _owners(gm: GraphModule, sites: Sequence[Site]) -> dict[str, int]:
@@ -129,7 +142,7 @@ def _label(box: tuple[str, str], nodes: Sequence[Node], names: Sequence[str]) ->
         return "+"
     if kind == "module":
         return f"{name or 'the model'}\n{len(nodes)} nodes"
-    return name
+    return name.partition(" ")[0]
 
 
 def _quoted(text: str) -> str:

@@ -24,12 +24,11 @@ def as_python(heading: str, gm: GraphModule, note: Callable[[Node], str | None])
         gm: a graph as the passes have it: ATen ops, guards, the kernels' ops.
         note: what to say behind a node's line, such as the site that a cache belongs to.
     """
-    imports = {"torch"}
-    lines = _class("Graph", gm, note, imports)
-    text = "\n".join(f"import {name}" for name in sorted(imports))
+    imports = {"import torch"}
     if constants_of(gm):
-        text += "\nfrom pathlib import Path"
-    return f'"""{heading}"""\n\n{text}\n\n\n' + "\n".join(lines) + "\n"
+        imports.add("from pathlib import Path")
+    lines = _class("Graph", gm, note, imports)
+    return f'"""{heading}"""\n\n' + "\n".join([*sorted(imports), "", "", *lines]) + "\n"
 
 
 def constants_of(gm: GraphModule) -> dict[str, torch.Tensor]:
@@ -108,18 +107,22 @@ _SHORT: Mapping[torch.dtype, str] = {
 
 
 def _target(target: Any, imports: set[str]) -> str:
-    """An expression for what a node calls."""
+    """An expression for what a node calls; the import that it takes is added."""
     if isinstance(target, torch._ops.OpOverload):
         if target.namespace == "smoothcache":
-            imports.add("smoothcache_fx.kernels")
+            imports.add("import smoothcache_fx.kernels")
         return f"torch.ops.{target}"
     if isinstance(target, torch._ops.HigherOrderOperator):
         return f"torch.ops.higher_order.{target.name()}"
     module = target.__module__.removeprefix("_")  # operator's functions say that they are of _operator
     if module == "builtins":
         return target.__qualname__
-    imports.add(module)
-    return f"{module}.{target.__qualname__}"
+    if module in ("operator", "math"):
+        imports.add(f"import {module}")
+        return f"{module}.{target.__qualname__}"
+    name = f"{target.__qualname__}_"  # without the underscore the first node that calls it would be called the same
+    imports.add(f"from {module} import {target.__qualname__} as {name}")
+    return name
 
 
 def _arguments(node: Node) -> str:

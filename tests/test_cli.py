@@ -93,7 +93,7 @@ def test_calibrate_schedule_plot_and_compare(factories, tmp_path, capsys, monkey
 
 
 def test_convert(tmp_path, capsys):
-    published = {"attn": {str(step): [0, 1][step % 2 == 0] for step in range(4)}, "mlp": dict.fromkeys("0123", 1)}
+    published = {"attn": [1, 0, 1, 0], "mlp": [1, 1, 0, 1]}
     (tmp_path / "theirs.json").write_text(json.dumps(published))
     assert main(["convert", str(tmp_path / "theirs.json"), str(tmp_path / "ours.json")]) == 0
     assert Schedule.load(tmp_path / "ours.json") == Schedule.load(tmp_path / "theirs.json")

@@ -77,9 +77,9 @@ def test_the_files(tmp_path):
         "x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)",
     ):
         assert part in captured, part
-    for part in ("# f32[2, 6, 16], cache of blocks.2.mlp", "# whether blocks.0.attn is computed", "site blocks.1.mlp"):
+    for part in (", cache of blocks.2.mlp", "# whether blocks.0.attn is computed", "site blocks.1.mlp"):
         assert part in guarded and part not in captured, part
-    assert guarded.count("passes.guard.guard(") == 6
+    assert guarded.count(" = guard_(") == 6
     assert count_ops(text)["aten.addmm.default"] < count_ops(captured)["aten.addmm.default"]
 
 
@@ -89,9 +89,9 @@ def test_every_file_runs_and_gives_what_its_graph_gives(name, given, tmp_path):
     model = case.build(0, torch.float32)
     kinds = ("attn", "cross_attn", "ffn", "attn_ffn")
     smoothcache.compile(model, Schedule(2, {kind: [1, 0] for kind in kinds}), backend="eager")
-    latents, conditioning = case.inputs(2, torch.float32)
+    latents, (conditioning,) = case.inputs(1, torch.float32)
     with torch.no_grad():
-        outputs = [case.call(model, latents, 1.0 - step / 2, conditioning[step]) for step in range(2)]
+        outputs = [case.call(model, latents, 1.0 - step / 2, conditioning) for step in range(2)]
     files = dumped(model, tmp_path)
     (program,) = compiled_forward(model).session.programs
     builder = program.builder
@@ -128,8 +128,7 @@ def test_tensors_that_are_part_of_a_graph_lie_beside_it(given, tmp_path):
     outputs = run_steps(model, 2)
     files = dumped(model, tmp_path)
     assert "graph_0/constants.pt" in files
-    for stage in ("captured", "variant_0"):
-        torch.testing.assert_close(graph_of(files[f"graph_0/{stage}.py"])(*given[0])[0], outputs[0])
+    torch.testing.assert_close(graph_of(files["graph_0/captured.py"])(*given[0])[0], outputs[0])
 
 
 def test_sites_and_masks_as_json(tmp_path):
@@ -202,9 +201,10 @@ def test_graphs_of_a_broken_model_each_have_a_folder(tmp_path):
     smoothcache.compile(model, Schedule(2, {"attn": [1, 0], "ffn": [1, 0]}), backend="eager")
     run_steps(model, 2)
     files = dumped(model, tmp_path)
-    graphs = len(compiled_forward(model).session.programs)
-    assert graphs > 1 and f"graph_{graphs - 1}/guarded.py" in files
-    assert "Dynamo ended it at" in files["README.md"].read_text()
+    programs = compiled_forward(model).session.programs
+    assert f"graph_{len(programs) - 1}/guarded.py" in files
+    assert sum(len(graph["places"]) for graph in json.loads(files["sites.json"].read_text())["graphs"]) == 2
+    assert any(program.graph_break for program in programs) == ("Dynamo ended it" in files["README.md"].read_text())
 
 
 def test_the_environment_variable(tmp_path, monkeypatch):
