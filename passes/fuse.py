@@ -27,7 +27,7 @@ from ..kernels import residual_accumulate, residual_load, residual_store  # noqa
 from ..kernels.operands import DTYPES
 from .branches import addends
 from .facts import aten, is_product, packet, tensor_value
-from .guard import CACHE, copy_graph
+from .guard import CACHE, copy_graph, with_graph
 from .specialize import remove_dead_code
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,7 @@ class Load:
 
 def fuse(variant: GraphModule) -> GraphModule:
     """A copy of a variant with its residual adds lowered, wherever ``can_fuse`` says that it is the same sum."""
-    fused, _ = copy_graph(variant)
-    graph = fused.graph
+    graph, _ = copy_graph(variant)
     loads: list[Load] = []
     counts = {"stored": 0, "loaded": 0, "accumulated": 0}
     for node in list(graph.nodes):
@@ -80,10 +79,8 @@ def fuse(variant: GraphModule) -> GraphModule:
         counts["loaded" if len(run) == 1 else "accumulated"] += len(run)
         lowered[run[-1].add] = _lower_loads(graph, lowered.get(run[0].x, run[0].x), run)
     remove_dead_code(graph)
-    graph.lint()
-    fused.recompile()
     log.info("fused residual adds: %s", ", ".join(f"{count} {name}" for name, count in counts.items()))
-    return fused
+    return with_graph(variant, graph)
 
 
 def should_fuse(variant: GraphModule, fuses_by_itself: bool) -> bool:

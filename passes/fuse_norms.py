@@ -24,7 +24,7 @@ from ..kernels import residual_norm  # noqa: F401 - registers the op
 from ..kernels.operands import DTYPES
 from ..kernels.residual_norm import WIDEST
 from .facts import aten, packet, prims, tensor_value
-from .guard import copy_graph
+from .guard import copy_graph, with_graph
 from .specialize import remove_dead_code
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,7 @@ class Norm:
 
 def fuse_norms(variant: GraphModule) -> GraphModule:
     """A copy of what ``fuse`` made, with the norms behind its adds taken in wherever ``can_fuse_norm``."""
-    fused, _ = copy_graph(variant)
-    graph = fused.graph
+    graph, _ = copy_graph(variant)
     count = 0
     for out in [node for node in graph.nodes if packet(node) in (ops.residual_store, ops.residual_load)]:
         order = {node: position for position, node in enumerate(graph.nodes)}
@@ -64,10 +63,8 @@ def fuse_norms(variant: GraphModule) -> GraphModule:
             _lower(graph, out, norm, order)
             count += 1
     remove_dead_code(graph)
-    graph.lint()
-    fused.recompile()
     log.info("fused %d norms with the residual adds before them", count)
-    return fused
+    return with_graph(variant, graph)
 
 
 def can_fuse_norm(out: Node, norm: Norm, order: dict[Node, int]) -> bool:

@@ -41,15 +41,21 @@ def guard(value: torch.Tensor, cache: torch.Tensor, compute: bool) -> torch.Tens
     return cache
 
 
-def copy_graph(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
-    """A copy of the module with a graph of its own, and where each node went. Parameters and metadata are shared."""
+def copy_graph(gm: GraphModule) -> tuple[Graph, dict[Node, Node]]:
+    """A copy of the module's graph, and where each node went. Metadata is copied."""
     graph, mapping = Graph(), {}
     for node in gm.graph.nodes:
         mapping[node] = graph.node_copy(node, mapping.__getitem__)
     graph.set_codegen(gm.graph._codegen)
-    copy = GraphModule(gm, graph)
-    copy.meta.update(gm.meta)
-    return copy, mapping
+    return graph, mapping
+
+
+def with_graph(gm: GraphModule, graph: Graph) -> GraphModule:
+    """A module with this graph and ``gm``'s parameters, once a pass is done with the graph."""
+    graph.lint()
+    result = GraphModule(gm, graph)
+    result.meta.update(gm.meta)
+    return result
 
 
 def placeholders(graph: Graph) -> list[Node]:
@@ -68,8 +74,7 @@ def cache_value(output: Node) -> torch.Tensor:
 
 def insert_guards(gm: GraphModule, sites: Sequence[Site]) -> GraphModule:
     """The guarded graph: inputs as before, then one cache per site output, then one decision (bool) per site."""
-    guarded, mapping = copy_graph(gm)
-    graph = guarded.graph
+    graph, mapping = copy_graph(gm)
     first_call = next(node for node in graph.nodes if node.op != "placeholder")
     caches, decisions = [], []
     with graph.inserting_before(first_call):
@@ -86,9 +91,7 @@ def insert_guards(gm: GraphModule, sites: Sequence[Site]) -> GraphModule:
     for index, site in enumerate(sites):
         for output in site.outputs:
             _insert_guard(graph, mapping[output], next(buffers), decisions[index], site)
-    graph.lint()
-    guarded.recompile()
-    return guarded
+    return with_graph(gm, graph)
 
 
 def _insert_guard(graph: Graph, value: Node, cache: Node, decision: Node, site: Site) -> None:

@@ -27,7 +27,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .facts import WEIGHT, aten, packet, tensor_value
 from .flops import count_flops
-from .guard import copy_graph
+from .guard import copy_graph, with_graph
 from .specialize import remove_dead_code
 
 log = logging.getLogger(__name__)
@@ -72,8 +72,7 @@ class Product:
 
 def narrow(variant: GraphModule) -> GraphModule:
     """A copy of a variant in which products with weights have the columns that are read, and no others."""
-    narrowed, _ = copy_graph(variant)
-    graph = narrowed.graph
+    graph, _ = copy_graph(variant)
     count = 0
     for node in list(graph.nodes):
         product = can_narrow(node)
@@ -83,9 +82,10 @@ def narrow(variant: GraphModule) -> GraphModule:
     if not count:
         return variant
     remove_dead_code(graph)
-    graph.lint()
-    narrowed.recompile()
-    log.info("narrowed %d products, %.3g FLOPs saved", count, count_flops(variant.graph) - count_flops(narrowed.graph))
+    narrowed = with_graph(variant, graph)
+    if log.isEnabledFor(logging.INFO):
+        saved = count_flops(variant.graph) - count_flops(narrowed.graph)
+        log.info("narrowed %d products, %.3g FLOPs saved", count, saved)
     return narrowed
 
 

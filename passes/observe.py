@@ -9,16 +9,14 @@ from collections.abc import Sequence
 
 from torch.fx import GraphModule
 
-from .guard import copy_graph
+from .guard import copy_graph, with_graph
 from .sites import Site
 
 
 def observe(gm: GraphModule, sites: Sequence[Site]) -> GraphModule:
     """A copy that returns, after its own outputs, the outputs of all sites in order. Nothing else changes."""
-    observed, mapping = copy_graph(gm)
-    output = next(node for node in reversed(observed.graph.nodes) if node.op == "output")
+    graph, mapping = copy_graph(gm)
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
     seen = [mapping[value] for site in sites for value in site.outputs]
     output.args = ((*output.args[0], *seen),)
-    observed.graph.lint()
-    observed.recompile()
-    return observed
+    return with_graph(gm, graph)

@@ -23,7 +23,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .facts import ASSERTIONS, packet, through_views
-from .guard import CACHE, SITE, copy_graph, guards, placeholders
+from .guard import CACHE, SITE, copy_graph, guards, placeholders, with_graph
 
 
 def specialize(guarded: GraphModule, compute: Collection[int], store: Collection[int] | None = None) -> GraphModule:
@@ -37,8 +37,7 @@ def specialize(guarded: GraphModule, compute: Collection[int], store: Collection
     The variant's placeholders are the inputs and caches that it uses, in the guarded graph's order; each carries its
     position there in ``meta["smoothcache_input"]``. Symbolic sizes stay, used or not: other inputs' shapes need them.
     """
-    variant, _ = copy_graph(guarded)
-    graph = variant.graph
+    graph, _ = copy_graph(guarded)
     for position, node in enumerate(placeholders(graph)):
         node.meta = {**node.meta, "smoothcache_input": position}
     for node in guards(graph):
@@ -59,9 +58,7 @@ def specialize(guarded: GraphModule, compute: Collection[int], store: Collection
         symbolic = isinstance(node.meta.get("val"), torch.SymInt)
         if not node.users and not symbolic:
             graph.erase_node(node)
-    graph.lint()
-    variant.recompile()
-    return variant
+    return with_graph(guarded, graph)
 
 
 def _keep_caches_inside(graph: Graph) -> None:
