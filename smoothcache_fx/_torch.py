@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch._logging
 from torch._dynamo import config as dynamo_config
 from torch._functorch._aot_autograd.descriptors import (
     BufferAOTInput,
@@ -28,6 +29,23 @@ CompileError = torch._dynamo.exc.TorchDynamoException
 
 #: Of ops that wait for the device: Inductor keeps them out of CUDA graphs.
 HOST_SYNC_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
+
+def current_compile_id() -> Any:
+    """Which of Dynamo's compilations is going on, or None."""
+    return torch._guards.CompileContext.current_compile_id()
+
+
+def trace_artifact(name: str, text: Callable[[], str], compile_id: Any) -> None:
+    """A text for ``TORCH_TRACE``, which tlparse shows with the compilation it belongs to; made only if wanted."""
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=text,
+        compile_id=compile_id,
+        expect_trace_id=False,
+        record_logging_overhead=False,
+    )
 
 
 def dynamo_compile(

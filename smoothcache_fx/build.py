@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .passes import (
 from .passes.guard import CACHE, placeholders
 from .passes.specialize import variant_inputs
 from .program import Mask, Variant
+from .python_code import as_python, notes
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class GraphBuilder:
         self.captured = captured
         self.sites, self.rejections = analyze(captured.graph)
         self.guarded = check_graph(insert_guards(captured, self.sites), like=captured, stage="guarded")
+        self._compile_id = _torch.current_compile_id()
+        self._trace("smoothcache_guarded", "A guard behind each site's output.", self.guarded)
         self.graphs: dict[Mask, GraphModule] = {}
         self.flops = count_flops(captured.graph)
         self._compile_variant = compile_variant
@@ -97,7 +101,7 @@ class GraphBuilder:
         with _torch.recording_guards(self._fake_mode if self.shape_inputs else None) as conditions:
             run = self._compile_variant(graph, examples, [i if i < count else -1 for i in kept])
         self._conditions.extend(conditions)
-        log.info("compiled variant %s in %.1f s", mask, time.perf_counter() - start)
+        log.info("variant %d: compiled in %.1f s", list(self.graphs).index(mask), time.perf_counter() - start)
         return Variant(run, arguments, buffers, count_flops(graph.graph))
 
     def build_uncompiled(self, mask: Mask) -> Variant:
@@ -131,17 +135,37 @@ class GraphBuilder:
     def _graph(self, mask: Mask) -> GraphModule:
         if mask not in self.graphs:
             sites = range(len(self.sites))
-            graph = specialize(
-                self.guarded,
-                compute={i for i in sites if mask.compute >> i & 1},
-                store={i for i in sites if mask.store >> i & 1},
-            )
+            chosen = {
+                "compute": {i for i in sites if mask.compute >> i & 1},
+                "store": {i for i in sites if mask.store >> i & 1},
+            }
+            name = f"variant {len(self.graphs)}"
+            log.info("%s: %d of %d sites are computed", name, len(chosen["compute"]), len(sites))
+            graph = self._run_pass(name, functools.partial(specialize, **chosen), self.guarded)
             if self._inner.optimizes:
-                graph = narrow(graph)  # a narrower product may be summed in another order
+                # A narrower product may be summed in another order.
+                graph = self._run_pass(name, narrow, graph)
             if should_fuse(graph, self._inner.optimizes):
-                graph = fuse_norms(fuse(graph))
+                graph = self._run_pass(name, fuse, graph)
+                graph = self._run_pass(name, fuse_norms, graph)
+            heading = f"{len(chosen['compute'])} of {len(sites)} sites are computed."
+            self._trace(f"smoothcache_{name.replace(' ', '_')}", heading, graph)
             self.graphs[mask] = check_graph(graph, like=self.captured, stage="variant")
         return self.graphs[mask]
+
+    def _run_pass(self, name: str, run: Callable[[GraphModule], GraphModule], gm: GraphModule) -> GraphModule:
+        start = time.perf_counter()
+        result = run(gm)
+        seconds = time.perf_counter() - start
+        what = getattr(run, "func", run).__name__
+        log.info(
+            "%s: %s: %d nodes -> %d, %.0f ms", name, what, len(gm.graph.nodes), len(result.graph.nodes), 1e3 * seconds
+        )
+        return result
+
+    def _trace(self, name: str, heading: str, gm: GraphModule) -> None:
+        names = [site.name for site in self.sites]
+        _torch.trace_artifact(name, lambda: as_python(heading, gm, notes(names)), self._compile_id)
 
     def _symbols(self, inputs: Sequence[Any]) -> dict[Any, int]:
         values: dict[Any, int] = {}

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from . import _inductor
 from .backend import Program, Session
 from .drawing import as_dot, draw
-from .passes.facts import WEIGHT
-from .passes.guard import CACHE, DECISION, SITE
 from .program import Mask
-from .python_code import CONSTANTS, as_python, constants_of
+from .python_code import CONSTANTS, as_python, constants_of, notes
 
 INDEX = "README.md"
 SITES = "sites.json"
@@ -70,7 +68,7 @@ def _write_stages(program: Program, stages: Sequence[Stage], folder: Path) -> li
         torch.save(constants, written[-1])
     for stage in stages:
         python, dot = folder / f"{stage.name}.py", folder / f"{stage.name}.dot"
-        python.write_text(as_python(stage.heading, stage.graph, _note(names)), encoding="utf-8")
+        python.write_text(as_python(stage.heading, stage.graph, notes(names)), encoding="utf-8")
         title = f"{stage.name}: {stage.heading.splitlines()[0]}"
         dot.write_text(as_dot(title, stage.graph, program.builder.sites, names), encoding="utf-8")
         written += [python, dot]
@@ -101,20 +99,6 @@ def _stages(program: Program) -> Iterator[Stage]:
 def _split(names: Sequence[str], mask: Mask) -> tuple[list[str], list[str]]:
     computed = [name for i, name in enumerate(names) if mask.compute >> i & 1]
     return computed, [name for i, name in enumerate(names) if not mask.compute >> i & 1]
-
-
-def _note(names: Sequence[str]) -> Callable[[Node], str | None]:
-    def note(node: Node) -> str | None:
-        if WEIGHT in node.meta:
-            return node.meta[WEIGHT]
-        if SITE not in node.meta:
-            return None
-        name = names[node.meta[SITE]]
-        if CACHE in node.meta:
-            return f"cache of {name}"
-        return f"whether {name} is computed" if DECISION in node.meta else f"site {name}"
-
-    return note
 
 
 def _describe(program: Program, stages: Sequence[Stage]) -> dict[str, Any]:

@@ -206,6 +206,9 @@ class GuardedProgram:
             stream.trajectory = -1  # some buffers may be half written
             raise
         binding.commit(stream, mask, clock.step)
+        if log.isEnabledFor(logging.DEBUG):
+            computed = mask.compute.bit_count()
+            log.debug("step %d, stream %s: computed %d of %d", clock.step, clock.stream, computed, len(binding.sites))
         binding.calls[mask, variant.flops] += 1
         return outputs
 

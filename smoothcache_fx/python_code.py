@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from .passes.facts import module_path, source_line
+from .passes.facts import WEIGHT, module_path, source_line
+from .passes.guard import CACHE, DECISION, SITE
 
 #: Where a file of constants lies, beside the Python file.
 CONSTANTS = "constants.pt"
@@ -40,6 +41,22 @@ def constants_of(gm: GraphModule) -> dict[str, torch.Tensor]:
             if isinstance(value, torch.Tensor):
                 found[node.target] = value.detach()
     return found
+
+
+def notes(names: Sequence[str]) -> Callable[[Node], str | None]:
+    """What to say of a node: which parameter it is, or what it is to the site of this name."""
+
+    def note(node: Node) -> str | None:
+        if WEIGHT in node.meta:
+            return node.meta[WEIGHT]
+        if SITE not in node.meta:
+            return None
+        name = names[node.meta[SITE]]
+        if CACHE in node.meta:
+            return f"cache of {name}"
+        return f"whether {name} is computed" if DECISION in node.meta else f"site {name}"
+
+    return note
 
 
 def _class(name: str, gm: GraphModule, note: Callable[[Node], str | None], imports: set[str]) -> list[str]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import stat
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -263,3 +267,47 @@ def test_diff(tmp_path, capsys):
     assert main(["diff", before, str(files["sites.json"])]) == 1
     assert "holds no graph: expected a .py file" in capsys.readouterr().err
     assert main(["diff", before, str(tmp_path / "none.py")]) == 1
+
+
+def test_passes_steps_and_variants_are_logged(caplog):
+    model = randomize(Stack(1), 0).eval()
+    smoothcache.compile(model, Schedule(2, {"attn": [1, 0], "ffn": [1, 1]}), backend="eager")
+    with caplog.at_level("DEBUG", logger="smoothcache_fx"):
+        run_steps(model, 2)
+    for line in (
+        r"variant 1: 1 of 2 sites are computed",
+        r"variant 1: specialize: \d+ nodes -> \d+, \d+ ms",
+        r"variant 1: compiled in \d+\.\d s",
+        r"step 0, stream 0: computed 2 of 2",
+        r"step 1, stream 0: computed 1 of 2",
+    ):
+        assert re.search(line, caplog.text), line
+
+
+def test_pytorchs_trace_has_our_stages(tmp_path):
+    script = """
+        import torch
+        import smoothcache_fx as smoothcache
+        from capture import Stack, inputs
+
+        model = Stack(1).eval()
+        smoothcache.compile(model, smoothcache.Schedule(2, {"attn": [1, 0], "ffn": [1, 0]}), backend="eager")
+        with torch.no_grad():
+            model(*inputs()), model(*inputs())
+    """
+    paths = [str(Path(__file__).parent), *filter(None, sys.path)]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "TORCH_TRACE": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (trace,) = tmp_path.iterdir()
+    text = trace.read_text()
+    found = [json.loads(line[line.index("{") :]) for line in text.splitlines() if '"name": "smoothcache_' in line]
+    names = [record["artifact"]["name"] for record in found]
+    assert names == ["smoothcache_guarded", "smoothcache_variant_0", "smoothcache_variant_1"]
+    assert all((record["frame_id"], record["frame_compile_id"]) == (0, 0) for record in found)
+    assert "cache of blocks.0.mlp" in text
