@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from common import write_result
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from ddim import build_dit
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from smoothcache_fx.passes import count_flops, narrow, specialize
 from torch import nn
 
@@ -28,20 +29,7 @@ Made = tuple[nn.Module, Mapping[str, Any]]
 
 def dit_xl_2() -> Made:
     """256x256 pixels, two samples (guidance)."""
-    model = DiTTransformer2DModel(
-        num_attention_heads=16,
-        attention_head_dim=72,
-        in_channels=4,
-        out_channels=8,
-        num_layers=28,
-        sample_size=32,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-        activation_fn="gelu-approximate",
-        attention_bias=True,
-    )
+    model = build_dit(layers=28, heads=16, head_dim=72, size=32)
     integers = torch.zeros(2, dtype=torch.long)
     return model, {"hidden_states": torch.empty(2, 4, 32, 32), "timestep": integers, "class_labels": integers}
 

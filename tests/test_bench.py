@@ -76,6 +76,14 @@ def test_stdit3_has_the_published_blocks(monkeypatch):
     assert {child.in_features for child in model.modules() if isinstance(child, nn.Linear)} >= {1152, 4608, 4096}
 
 
+def test_narrowing_of_the_published_dit(monkeypatch, capsys):
+    """Of two samples; one takes 118.64 GMACs (Peebles and Xie, table 1), its embeddings not counted."""
+    run_script("narrowing", "--only DiT-XL/2", monkeypatch)
+    full, reused, narrowed = (float(x) for x in re.findall(r"([\d.]+) GFLOP", capsys.readouterr().out))
+    assert full == pytest.approx(2 * 2 * 118.64, rel=0.01)
+    assert narrowed < 0.5 * reused < 0.005 * full
+
+
 def test_what_is_used_of_torch_cuda_exists():
     """Most of it runs on a GPU alone: a misspelt name would be found there."""
     for folder in ("bench", "smoothcache_fx", "passes", "kernels", "tests"):
