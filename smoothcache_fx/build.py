@@ -25,7 +25,7 @@ from .passes import (
     should_fuse,
     specialize,
 )
-from .passes.guard import CACHE, placeholders
+from .passes.guard import CACHE, copy_graph, placeholders, with_graph
 from .passes.specialize import variant_inputs
 from .program import Mask, Variant
 from .python_code import as_python, notes
@@ -99,7 +99,9 @@ class GraphBuilder:
         examples = [inputs[i] for i in arguments] + [self.allocate(i, inputs) for i in buffers]
         start = time.perf_counter()
         with _torch.recording_guards(self._fake_mode if self.shape_inputs else None) as conditions:
-            run = self._compile_variant(graph, examples, [i if i < count else -1 for i in kept])
+            # Inductor changes the graph that it is given.
+            own = with_graph(graph, copy_graph(graph)[0])
+            run = self._compile_variant(own, examples, [i if i < count else -1 for i in kept])
         self._conditions.extend(conditions)
         log.info("variant %d: compiled in %.1f s", list(self.graphs).index(mask), time.perf_counter() - start)
         return Variant(run, arguments, buffers, count_flops(graph.graph))

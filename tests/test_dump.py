@@ -156,11 +156,13 @@ def test_sites_and_masks_as_json(tmp_path):
 
 
 @pytest.mark.slow
-def test_inductors_code_is_named(tmp_path):
+def test_under_inductor_its_code_is_named_and_graphs_are_as_it_got_them(tmp_path):
     model = randomize(Stack(1), 0).eval()
     smoothcache.compile(model, Schedule(2, {"attn": [1, 0], "ffn": [1, 0]}))
     run_steps(model, 2)
     files = dumped(model, tmp_path)
+    ops = count_ops(files["graph_0/variant_0.py"].read_text())
+    assert ops["aten.view.default"] and not ops["aten.reshape.default"], "Inductor changes the graph that it is given"
     for variant in json.loads(files["sites.json"].read_text())["graphs"][0]["variants"]:
         (compiled,) = variant["compiled"]
         assert "def call(" in Path(compiled["inductor_code"]).read_text() and compiled["seconds"] > 0
