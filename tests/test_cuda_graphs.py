@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +19,7 @@ from oracle import Oracle
 from smoothcache_fx import Schedule
 from smoothcache_fx.cuda_graphs import may_run_twice, owned, recorded_at_once
 from smoothcache_fx.forward import compiled_forward
+from test_backend import Branch
 
 ROWS = {"attn": [1, 0, 1, 0], "ffn": [1, 1, 0, 0]}
 
@@ -163,6 +166,36 @@ def test_nothing_in_a_step_waits_for_the_device(calls_per_step):
     assert not report.forced and {group.computed for group in report.groups} == {2 * 2 * 2 * calls_per_step}
 
 
+NAMES = [f"blocks.{index}.{branch}" for index in range(2) for branch in ("attn", "mlp")]
+NAMED_ROWS = {name: ROWS["attn" if name.endswith("attn") else "ffn"] for name in NAMES}
+
+
+def follow(device: str, mode: str, calls_per_step: int, sizes: Sequence[tuple[int, int]]) -> Iterator[set[int]]:
+    """Run a trajectory for each size beside the oracle; after each, where the caches lie. Outputs are compared last."""
+    model, reference = (randomize(Stack(2), 0).eval().to(device) for _ in range(2))
+    options = {"dynamic": True} if len(set(sizes)) > 1 else {}
+    smoothcache.compile(model, Schedule(4, NAMED_ROWS), mode=mode, calls_per_step=calls_per_step, **options)
+    kept, expected = [], []
+    with Oracle(reference, {name: Branch(name) for name in NAMES}, NAMED_ROWS) as oracle, torch.no_grad():
+        for size in sizes:
+            for step, stream in itertools.product(range(4), range(calls_per_step)):
+                x, c = (tensor.to(device) for tensor in inputs(*size))
+                kept.append(model(x, c))
+                with oracle.step(step, stream):
+                    expected.append(reference(x, c))
+            bindings = [binding for p in compiled_forward(model).session.programs for binding in p.bindings]
+            streams = [stream for binding in bindings for stream in binding.streams.values()]
+            yield {buffer.data_ptr() for stream in streams for buffer in stream.buffers if buffer is not None}
+    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("calls_per_step", [1, 2])
+def test_trajectories_with_replayed_outputs(monkeypatch, calls_per_step):
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", replays)
+    places = list(follow("cpu", "reduce-overhead", calls_per_step, [(2, 6)] * 3))
+    assert len(places[0]) == 4 * calls_per_step and places[0] == places[1] == places[2]
+
+
 @pytest.fixture
 def recordings(monkeypatch) -> list[int]:
     """The functions that Inductor has recorded, in order; where it cannot record, it fails."""
@@ -180,40 +213,29 @@ def recordings(monkeypatch) -> list[int]:
     return found
 
 
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_a_gpu
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 @pytest.mark.parametrize("calls_per_step", [1, 2])
 def test_trajectories_on_a_gpu_replay_what_the_first_one_recorded(mode, calls_per_step, recordings):
-    device = torch.device("cuda")
-    names = [f"blocks.{index}.{branch}" for index in range(2) for branch in ("attn", "mlp")]
-    rows = {name: ROWS["attn" if name.endswith("attn") else "ffn"] for name in names}
+    skips, counts, places = counters["inductor"]["cudagraph_skips"], [], []
+    for found in follow("cuda", mode, calls_per_step, [(2, 6)] * 3):
+        counts.append(len(recordings))
+        places.append(found)
+    # A variant for each of the four steps, and each stream's cache lies elsewhere.
+    assert counts == [4 * calls_per_step] * 3
+    assert places[0] == places[1] == places[2] and counters["inductor"]["cudagraph_skips"] == skips
 
-    @dataclass
-    class Branch:
-        module: str
-        call: int = 0
 
-    model = randomize(Stack(2), 0).eval().to(device)
-    references = [randomize(Stack(2), 0).eval().to(device) for _ in range(calls_per_step)]
-    smoothcache.compile(model, Schedule(4, rows), mode=mode, calls_per_step=calls_per_step)
-    skips = counters["inductor"]["cudagraph_skips"]
-    oracles = [Oracle(reference, {name: Branch(name) for name in rows}, rows) for reference in references]
-    addresses, kept, expected = set(), [], []
-    with torch.no_grad():
-        for trajectory in range(3):
-            before = len(recordings)
-            for step in range(4):
-                for reference, oracle in zip(references, oracles, strict=True):
-                    x, c = (tensor.to(device) for tensor in inputs())
-                    kept.append(model(x, c))
-                    with oracle, oracle.step(step):
-                        expected.append(reference(x, c))
-            (program,) = compiled_forward(model).session.programs
-            streams = program.bindings[0].streams.values()
-            addresses.add(tuple(tensor.data_ptr() for stream in streams for tensor in stream.buffers))
-            # A variant for each of the four steps, and each stream's cache lies elsewhere.
-            assert len(recordings) - before == (0 if trajectory else 4 * calls_per_step)
-    assert len(addresses) == 1 and counters["inductor"]["cudagraph_skips"] == skips
-    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.gpu
+@pytest.mark.slow
+@on_a_gpu
+def test_other_shapes_on_a_gpu_are_recorded_anew(recordings):
+    counts = []
+    for _ in follow("cuda", "reduce-overhead", 1, [(2, 6), (3, 8), (3, 8)]):
+        counts.append(len(recordings))
+    assert counts[1] > counts[0] > 0 and counts[2] == counts[1]
