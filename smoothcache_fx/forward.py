@@ -107,8 +107,8 @@ class CompiledForward:
             self._dumped = graphs
             try:
                 write_session(self.session, type(self.model).__name__, self._dump_directory)
-            except OSError as error:
-                log.warning("SMOOTHCACHE_DUMP: the graphs cannot be written: %s", error)
+            except Exception as error:  # noqa: BLE001 - looking on must not end a run, nor hide why it ended
+                log.warning("SMOOTHCACHE_DUMP: the graphs cannot be written: %s: %s", type(error).__name__, error)
 
     def _note_uncompiled_call(self) -> None:
         if not self.uncompiled_calls:
