@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one go: ``python bench/gpu.py``.
 
 The kernels' tests on CUDA and under ``compute-sanitizer``, CUDA graphs, and all benches with ``--write``. Each step has
-a time limit of its own, 27 minutes together; what fails or runs out of time is named at the end.
+a time limit of its own, 20 minutes together; what fails or runs out of time is named at the end.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ XL = ("--depth", "28", "--width", "1152")
 
 def steps() -> list[tuple[str, list[str], int]]:
     """Name, command and limit in seconds of each step, the most wanted first."""
-    found = [("kernel tests", [*PYTEST, "tests/kernels", "-k", "not interpreter and not ahead_of_time"], 150)]
-    found += [(f"kernel {name}", [f"bench/kernels/{name}.py", "--write"], 60) for name in KERNELS]
-    found.append(("cuda graphs", [*PYTEST, "tests/test_cuda_graphs.py", "-m", "gpu"], 120))
-    found.append(("end to end", ["bench/end_to_end.py", "--images", "32", "--no-autotune", "--write"], 420))
-    found.append(("efficiency", ["bench/efficiency.py", *XL, "--batch", "64", "--write"], 120))
+    found = [("kernel tests", [*PYTEST, "tests/kernels", "-k", "not interpreter and not ahead_of_time"], 110)]
+    found += [(f"kernel {name}", [f"bench/kernels/{name}.py", "--write"], 40) for name in KERNELS]
+    found.append(("cuda graphs", [*PYTEST, "tests/test_cuda_graphs.py", "-m", "gpu"], 90))
+    found.append(("end to end", ["bench/end_to_end.py", "--images", "32", "--no-autotune", "--write"], 360))
+    found.append(("efficiency", ["bench/efficiency.py", *XL, "--batch", "64", "--write"], 90))
     tf32 = ["--images", "32", "--no-autotune", "--dtype", "tf32", "--only", "smoothcache alpha", "--write"]
-    found.append(("tf32", ["bench/end_to_end.py", *tf32], 150))
-    found.append(("host time", ["bench/host_time.py", "--write"], 60))
-    found.append(("compile time", ["bench/compile_time.py", *XL, "--rounds", "1", "--write"], 180))
+    found.append(("tf32", ["bench/end_to_end.py", *tf32], 100))
+    found.append(("host time", ["bench/host_time.py", "--write"], 40))
+    found.append(("compile time", ["bench/compile_time.py", *XL, "--rounds", "1", "--write"], 120))
     if sanitizer := shutil.which("compute-sanitizer"):
         tests = [f"tests/kernels/test_{name}.py" for name in ("residual_store", "residual_accumulate")]
-        found.append(("compute-sanitizer", [sanitizer, "--error-exitcode", "9", *PYTEST, *tests], 120))
+        found.append(("compute-sanitizer", [sanitizer, "--error-exitcode", "9", *PYTEST, *tests], 90))
     return [(name, [sys.executable, *cmd] if cmd[0].endswith(".py") else cmd, limit) for name, cmd, limit in found]
 
 

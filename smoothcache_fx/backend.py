@@ -21,7 +21,7 @@ from .passes import container_of, work_outside
 from .passes.facts import WEIGHT
 from .passes.guard import placeholders
 from .passes.names import common_module, drop_components, group_of, unique_names
-from .program import Binding, Dispatcher, GuardedProgram, Plan, SiteInfo, make_plan
+from .program import Binding, Dispatcher, GuardedProgram, Plan, SiteInfo, make_plan, picker
 from .schedule import KINDS, Schedule
 
 log = logging.getLogger(__name__)
@@ -77,12 +77,13 @@ class Program:
         self.builder = GraphBuilder(captured, compile_variant, session.inner)
         self.dispatcher = session.dispatcher(self.builder)
         self.bindings: list[Binding] = []
+        self._weights_among = picker(frame.weights)
         self._weight_names: list[dict[int, str]] = []
         self._places: dict[tuple[int, ...], _Place] = {}
 
     def bind(self, inputs: Sequence[Any]) -> Binding:
         """The binding for the frame's inputs: the weights say at which module, the count says which call of it."""
-        key = tuple([id(inputs[i]) for i in self.frame.weights])
+        key = tuple(map(id, self._weights_among(inputs)))
         place = self._places.get(key)
         if place is None:
             place = self._places[key] = _Place()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -36,15 +37,30 @@ class Mask:
     store: int
 
 
-@dataclass
+def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What takes the items at these positions, in C where there are many: models have hundreds of weights."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda items: tuple([items[i] for i in positions])
+
+
 class Variant:
     """One compiled variant: which inputs and buffers it takes, and what it costs."""
 
-    run: Callable[[list[Any]], Sequence[Any]]
-    inputs: tuple[int, ...]
-    buffers: tuple[int, ...]
-    flops: int
-    seconds: float = 0.0
+    def __init__(
+        self,
+        run: Callable[[list[Any]], Sequence[Any]],
+        inputs: tuple[int, ...],
+        buffers: tuple[int, ...],
+        flops: int,
+    ) -> None:
+        self.run = run
+        self.inputs = inputs
+        self.buffers = buffers
+        self.flops = flops
+        self.seconds = 0.0
+        self.pick_inputs = picker(inputs)
+        self.pick_buffers = picker(buffers)
 
 
 class VariantBuilder(Protocol):
@@ -73,6 +89,8 @@ class Stream:
     stored_at: list[int]
     trajectory: int = -1
     last_step: int = -1
+    #: Variants whose buffers all exist.
+    ready: set[Variant] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -150,9 +168,10 @@ class Binding:
 
     def commit(self, stream: Stream, mask: Mask, step: int) -> None:
         """Note what the call has stored. Only after it has succeeded: a failed one leaves the cache unknown."""
-        for index in range(len(self.sites)):
-            if mask.store >> index & 1:
-                stream.stored_at[index] = step
+        if mask.store:
+            for index in range(len(self.sites)):
+                if mask.store >> index & 1:
+                    stream.stored_at[index] = step
         stream.last_step = step
         self.planned[self.plan.compute[step]] += 1
 
@@ -194,11 +213,12 @@ class GuardedProgram:
         stream = binding.stream(clock.stream, signature)
         mask = binding.decide(stream, clock.trajectory, clock.step)
         variant = self._variant(mask, signature, inputs)
-        for buffer in variant.buffers:
-            if stream.buffers[buffer] is None:
-                stream.buffers[buffer] = self.builder.allocate(buffer, inputs)
-        arguments = [inputs[i] for i in variant.inputs]
-        arguments += [stream.buffers[i] for i in variant.buffers]
+        if variant not in stream.ready:
+            for buffer in variant.buffers:
+                if stream.buffers[buffer] is None:
+                    stream.buffers[buffer] = self.builder.allocate(buffer, inputs)
+            stream.ready.add(variant)
+        arguments = [*variant.pick_inputs(inputs), *variant.pick_buffers(stream.buffers)]
         inputs.clear()
         try:
             outputs = variant.run(arguments)

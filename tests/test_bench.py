@@ -90,3 +90,14 @@ def test_what_is_used_of_torch_cuda_exists():
         for path in (BENCH.parent / folder).rglob("*.py"):
             for name in re.findall(r"\btorch\.cuda\.(\w+)", path.read_text()):
                 assert hasattr(torch.cuda, name), f"{path} uses torch.cuda.{name}"
+
+
+def test_everything_that_needs_a_gpu_takes_twenty_minutes_at_most(monkeypatch):
+    gpu = runpy.run_path(str(BENCH / "gpu.py"))
+    monkeypatch.setattr(gpu["shutil"], "which", lambda name: name)
+    steps = gpu["steps"]()
+    assert "compute-sanitizer" in [name for name, _, _ in steps]
+    assert sum(limit for _, _, limit in steps) <= 20 * 60
+    for _, command, _ in steps:
+        for path in (part for part in command if part.endswith(".py")):
+            assert (BENCH.parent / path).exists(), path
