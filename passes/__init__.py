@@ -9,6 +9,7 @@ from .narrow import narrow
 from .observe import observe
 from .sites import Rejection, Site, analyze, find_sites
 from .specialize import specialize
+from .traffic import count_bytes
 from .verify import GraphError, check_graph
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "analyze",
     "check_graph",
     "container_of",
+    "count_bytes",
     "count_flops",
     "find_sites",
     "fuse",

@@ -13,9 +13,11 @@ from .errors import (
     StepError,
 )
 from .explain import Explanation, dump, explain
+from .prediction import Prediction
 from .recording import calibrate
 from .report import Report, report
 from .schedule import Schedule
+from .timing import timed
 
 __all__ = [
     "Calibration",
@@ -24,6 +26,7 @@ __all__ = [
     "CompiledError",
     "Explanation",
     "NoSitesError",
+    "Prediction",
     "Report",
     "Schedule",
     "ScheduleError",
@@ -39,4 +42,5 @@ __all__ = [
     "remove",
     "report",
     "reset",
+    "timed",
 ]

@@ -91,7 +91,7 @@ class GraphBuilder:
 
     def build(self, mask: Mask, inputs: Sequence[Any]) -> Variant:
         """Specialise the guarded graph to the mask and compile it."""
-        graph = self._graph(mask)
+        graph = self.graph(mask)
         kept = variant_inputs(graph)
         count = len(self._input_values)
         arguments = tuple(i for i in kept if i < count)
@@ -108,7 +108,7 @@ class GraphBuilder:
 
     def build_uncompiled(self, mask: Mask) -> Variant:
         """The variant run node by node: for sizes that the compiled one does not hold for."""
-        graph = self._graph(mask)
+        graph = self.graph(mask)
         kept, count = variant_inputs(graph), len(self._input_values)
 
         def run(arguments: list[Any]) -> Sequence[Any]:
@@ -130,11 +130,8 @@ class GraphBuilder:
         symbols = self._symbols(inputs)
         return all(bool(condition.xreplace(symbols)) for condition in self._conditions)
 
-    def variant_flops(self, mask: Mask) -> int:
-        """FLOPs of the variant for a mask, compiled or not."""
-        return count_flops(self._graph(mask).graph)
-
-    def _graph(self, mask: Mask) -> GraphModule:
+    def graph(self, mask: Mask) -> GraphModule:
+        """The variant's graph for a mask, compiled or not."""
         if mask not in self.graphs:
             sites = range(len(self.sites))
             chosen = {

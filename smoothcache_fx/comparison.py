@@ -22,6 +22,7 @@ from .plots import plot_frontier
 from .report import report
 from .schedule import Schedule
 from .tables import Printable, format_table
+from .timing import synchronize
 
 #: Gets what ``sample`` returned uncached, and cached.
 Metric = Callable[[Any, Any], float]
@@ -194,10 +195,10 @@ def _run(model_or_pipeline: Any, sample: Callable[[Any], Any], rounds: int) -> _
     result = _as_vector(value)
     seconds = []
     for _ in range(rounds):
-        _synchronize()
+        synchronize()
         start = time.perf_counter()
         again = sample(model_or_pipeline)
-        _synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - start)
     again = _as_vector(again)
     if again.shape != result.shape or _relative_l2(result, again) > SAME:
@@ -245,8 +246,3 @@ def _as_vector(value: Any) -> torch.Tensor:
             f"sample(model) must return the samples: tensors, arrays or images; got {type(value).__name__}"
         )
     return torch.cat(parts)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

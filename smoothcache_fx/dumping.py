@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from . import _inductor
 from .backend import Program, Session
 from .drawing import as_dot, draw
+from .passes import count_flops
 from .program import Mask
 from .python_code import CONSTANTS, as_python, constants_of, notes
 
@@ -114,7 +115,7 @@ def _describe(program: Program, stages: Sequence[Stage]) -> dict[str, Any]:
                 "file": f"{stage.name}.py",
                 "computed": computed,
                 "reused": reused,
-                "flops": builder.variant_flops(stage.mask),
+                "flops": count_flops(stage.graph.graph),
                 "compiled": [
                     {"seconds": variant.seconds, "inductor_code": _inductor.code_path(variant.run)}
                     for key, variant in program.dispatcher.variants.items()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 import torch
 
-from .backend import Program, Session, breaks_of, plan_sites, share_outside
+from . import _torch
+from .backend import Program, Session, breaks_of, share_outside
+from .build import GraphBuilder
 from .clock import Clock
 from .dumping import write_session
 from .errors import CompiledError
@@ -20,11 +23,14 @@ from .forward import ForwardPlace, check_inference, compiled_forward, forward_of
 from .inner import inner_compiler
 from .passes.facts import tensor_value
 from .passes.flops import concrete
-from .program import Mask, SiteInfo
+from .prediction import Prediction, predict
+from .program import Binding, SiteInfo
 from .report import describe_breaks
 from .schedule import Schedule
 from .tables import Printable, format_bytes, format_flops, format_table
 from .traced import Traced
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,7 @@ class Explanation(Printable):
         breaks: lines of the model that broke the graph, with the reason, and how many graphs ended there.
         lost_share: FLOPs of blocks that lie in no site, over ``flops``, where the graph broke.
         whole: modules that are one op in the graph and run uncompiled, since the graph would break inside of them.
-        variants, mac_ratio: for the schedule, if one was given: graphs to compile, and FLOPs of the uncached
-            trajectory over those of the scheduled one.
+        prediction: of the schedule, if one was given.
     """
 
     model: str
@@ -82,8 +87,7 @@ class Explanation(Printable):
     breaks: Counter[str] = field(default_factory=Counter)
     lost_share: float = 0.0
     whole: tuple[str, ...] = ()
-    variants: int | None = None
-    mac_ratio: float | None = None
+    prediction: Prediction | None = None
 
     @property
     def cache_bytes(self) -> int:
@@ -92,7 +96,10 @@ class Explanation(Printable):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as dictionaries, lists and numbers, for JSON."""
-        return {**asdict(self), "breaks": dict(self.breaks), "cache_bytes": self.cache_bytes}
+        found = {**asdict(self), "breaks": dict(self.breaks), "cache_bytes": self.cache_bytes}
+        if self.prediction is not None:
+            found["prediction"]["speedup"] = self.prediction.speedup
+        return found
 
     def groups(self) -> dict[str, list[SiteExplanation]]:
         """The sites by group, in the model's order."""
@@ -124,8 +131,8 @@ class Explanation(Printable):
             f"{format_flops(self.flops)} a call, {inside / max(1, self.flops):.1%} of it in sites, "
             + f"{format_bytes(self.cache_bytes)} of cache a stream",
         ]
-        if self.mac_ratio is not None:
-            lines.append(f"with this schedule: {self.variants} variants, MAC ratio {self.mac_ratio:.2f}")
+        if self.prediction is not None:
+            lines.append(str(self.prediction))
         lines.extend(describe_breaks(self.breaks, self.lost_share, self.whole))
         lines.extend(self._rejected())
         return "\n".join(lines)
@@ -142,13 +149,15 @@ class Explanation(Printable):
 
 
 def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None, **kwargs: Any) -> Explanation:
-    """What could be cached in the model, for these inputs. Runs the model once, uncompiled, and once more if
-    that shows that graph breaks keep work out of sites.
+    """What could be cached in the model, for these inputs.
+
+    A model that is one graph is captured and not run: nothing is computed, and weights and inputs may be fake or on
+    the meta device. One that is not is run, uncompiled: once, and again where graph breaks keep work out of sites.
 
     Args:
         model: the transformer, compiled or not, in eval mode.
         args, kwargs: inputs of one call.
-        schedule: also say how many variants it takes and what it saves.
+        schedule: also predict what it costs and saves.
 
     Raises:
         NoSitesError: the model has no residual branch; says what was looked at.
@@ -158,37 +167,89 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     check_inference(model, args, kwargs)
-    session = Session(Schedule(steps=1), inner_compiler("eager", None, None, None), Clock(1), model)
+    with torch.no_grad():
+        session = _captured_only(model, args, kwargs) or _captured_and_run(model, args, kwargs)
+    try:
+        return _explain_session(model, session, schedule)
+    finally:
+        session.close()
+
+
+class _Captured(BaseException):
+    """The model is captured; there is no need to run it. No Exception: nothing on the way may handle it."""
+
+
+class _NotRun:
+    """The dispatcher of a graph that need not run."""
+
+    _boxed_call = True
+    binding: Binding | None = None
+
+    def __call__(self, inputs: list[Any]) -> Sequence[Any]:
+        raise _Captured
+
+
+class _CaptureSession(Session):
+    def dispatcher(self, builder: GraphBuilder) -> _NotRun:
+        return _NotRun()
+
+
+def _new_session(kind: type[Session], model: torch.nn.Module) -> Session:
+    session = kind(Schedule(steps=1), inner_compiler("eager", None, None, None), Clock(1), model)
     session.clock.tick()
-    with torch.no_grad(), _forward_replaced(model, session) as forward:
+    return session
+
+
+def _captured_only(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session | None:
+    """The model's session after capture, or None if it is not one graph. Python between graphs may read values."""
+    place, compiled = ForwardPlace(model), forward_of(model)
+    if place.attribute != "forward":
+        return None  # hooks move weights and inputs to where they can be captured
+    session = _new_session(_CaptureSession, model)
+    forward = place.forward if compiled is None else compiled.original
+    try:
+        _torch.dynamo_compile(forward, session, fullgraph=True)(*args, **kwargs)
+    except _Captured:
+        return session
+    except Exception as error:  # noqa: BLE001 - the run that follows raises it again, if it is not of the capture
+        log.info("not one graph, so the model is run: %s", error)
+    session.close()
+    return None
+
+
+def _captured_and_run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
+    session = _new_session(Session, model)
+    with _forward_replaced(model, session) as forward:
         forward(*args, **kwargs)
+    return session
+
+
+def _explain_session(model: torch.nn.Module, session: Session, schedule: Schedule | None) -> Explanation:
+    programs = session.programs
     sites = [
         _explain_site(program, index, info)
-        for program in session.programs
+        for program in programs
         for binding in program.bindings
         for index, info in enumerate(binding.sites)
     ]
     if not sites:
         raise no_sites_error(model, session)
     breaks = breaks_of(session)
-    result = Explanation(
+    return Explanation(
         model=type(model).__name__,
         sites=sites,
         adds=[
             AddExplanation(add.node.name, add.reason, add.module, add.source)
-            for program in session.programs
+            for program in programs
             for add in program.builder.rejections
         ],
-        graphs=len(session.programs),
-        flops=sum(program.builder.flops * len(program.bindings) for program in session.programs),
+        graphs=len(programs),
+        flops=sum(program.builder.flops * len(program.bindings) for program in programs),
         breaks=breaks,
         lost_share=share_outside(session) if breaks else 0.0,
         whole=session.whole,
+        prediction=None if schedule is None else predict(programs, schedule),
     )
-    if schedule is not None:
-        result.variants, result.mac_ratio = _predict(session.programs, schedule)
-    session.close()
-    return result
 
 
 @contextlib.contextmanager
@@ -210,21 +271,6 @@ def _explain_site(program: Program, index: int, info: SiteInfo) -> SiteExplanati
     site = program.builder.sites[index]
     shapes = tuple(tuple(concrete(size) for size in tensor_value(output).shape) for output in site.outputs)
     return SiteExplanation(info.name, info.group, info.kind, shapes, site.gates, site.flops, site.cache_bytes)
-
-
-def _predict(programs: list[Program], schedule: Schedule) -> tuple[int, float]:
-    """Variants that a schedule needs, and its MAC ratio, counted on their graphs."""
-    masks: set[tuple[int, Mask]] = set()
-    planned = uncached = 0
-    for position, program in enumerate(programs):
-        for binding in program.bindings:
-            plan = plan_sites(schedule, binding.sites)
-            for step in range(schedule.steps):
-                mask = Mask(plan.compute[step], plan.compute[step] & plan.store)
-                masks.add((position, mask))
-                planned += program.builder.variant_flops(mask)
-                uncached += program.builder.flops
-    return len(masks), uncached / planned if planned else 1.0
 
 
 def dump(model: torch.nn.Module, directory: str | PathLike[str]) -> list[Path]:

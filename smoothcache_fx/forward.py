@@ -41,6 +41,8 @@ class CompiledForward:
         enabled: whether calls are cached and compiled; ``disabled(model)`` clears it for a while.
         calls, uncompiled_calls: how many there were, and how many of them Dynamo declined to compile.
         peers: the compiled forwards that the schedule was given for: all denoisers of a pipeline.
+        times: what ``timed`` measured last, a ``CallTime`` a call.
+        run: what an enabled call does; ``timed`` wraps it.
         settings: what ``compile`` was called with.
     """
 
@@ -56,6 +58,8 @@ class CompiledForward:
         self.uncompiled_calls = 0
         self.peers = [self]
         self.settings = settings
+        self.times: list[Any] = []
+        self.run: Callable[[tuple[Any, ...], dict[str, Any]], Any] = self._run
         self.undo_context: Callable[[], None] = lambda: None
         self._compiled = compiled
         self._timestep = TimestepReader(self.original)
@@ -79,6 +83,9 @@ class CompiledForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return self.original(*args, **kwargs)
+        return self.run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_inference(self.model, args, kwargs)
         clock = self.session.clock
         clock.enter(Call(type(self.model).__name__, self._timestep, args, kwargs))

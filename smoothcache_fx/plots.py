@@ -1,7 +1,8 @@
-"""Figures: calibration errors and schedules. Needs matplotlib (the extra ``plot``)."""
+"""Figures: calibration errors, schedules, costs and frontiers. Needs matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -17,11 +18,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 def new_figure(width: float, height: float) -> Any:
     """A matplotlib figure of so many inches that no window or notebook knows of."""
+    return _matplotlib("figure").Figure(figsize=(width, height), layout="constrained")
+
+
+def _matplotlib(module: str) -> Any:
     try:
-        from matplotlib.figure import Figure
+        return importlib.import_module(f"matplotlib.{module}")
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "smoothcache_fx[plot]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_errors(calibration: Calibration, path: str | PathLike[str], *, alphas: tuple[float, ...] = ()) -> None:
@@ -61,6 +65,40 @@ def plot_errors(calibration: Calibration, path: str | PathLike[str], *, alphas: 
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("relative L1 error of reuse")
     axes[0][0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_site_errors(calibration: Calibration, path: str | PathLike[str], *, lag: int = 1) -> None:
+    """Draw a heat map per group: the mean error of using the output of ``lag`` steps ago, by site and step."""
+    if not 1 <= lag <= calibration.lags:
+        raise ValueError(f"lag is {lag}, but the calibration has lags 1 to {calibration.lags}")
+    groups = calibration.groups
+    heights = [len(sites) for sites in groups.values()]
+    figure = new_figure(8.5, 1.0 + 0.75 * len(groups) + 0.09 * sum(heights))
+    axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=[3 + h for h in heights])[:, 0]
+    errors = [np.stack([site.mean[lag - 1] for site in sites]) for sites in groups.values()]
+    # The last steps' errors are many times the others': a scale by square root keeps both apart.
+    scale = _matplotlib("colors").PowerNorm(0.5, vmin=0, vmax=max(float(np.nanmax(error)) for error in errors))
+    for axis, (group, sites), error in zip(axes, groups.items(), errors, strict=True):
+        image = axis.imshow(error, aspect="auto", cmap="cividis", norm=scale, interpolation="nearest")
+        kinds = "/".join(dict.fromkeys(site.kind for site in sites))
+        axis.set_title(f"{group} ({kinds})", fontsize=10)
+        axis.set_ylabel("site")
+    axes[-1].set_xlabel("denoising step (white: no output so far back)")
+    steps_ago = f"{lag} step{'s' if lag > 1 else ''} ago"
+    figure.colorbar(image, ax=list(axes), label=f"relative L1 error of\nreusing {steps_ago}")
+    figure.savefig(path, dpi=150)
+
+
+def plot_costs(costs: Sequence[float], path: str | PathLike[str], *, label: str) -> None:
+    """Draw what each step costs; ``label`` says what that is and in which unit. NaN where it is not known."""
+    figure = new_figure(8.5, 2.4)
+    axis = figure.subplots()
+    axis.bar(range(len(costs)), costs, width=0.84, color=COLOURS[0])
+    axis.set_xlim(-0.8, len(costs) - 0.2)
+    axis.set_xlabel("denoising step")
+    axis.set_ylabel(label)
+    axis.grid(axis="y", alpha=0.25)
     figure.savefig(path, dpi=150)
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from typing import Any
 
 from .backend import Program, breaks_of, share_outside
+from .errors import CompiledError
 from .forward import CompiledForward, compiled_forwards
 from .passes.names import group_of
+from .plots import plot_costs
 from .tables import Printable, format_bytes, format_table
+from .timing import KindTime, by_kind, by_step
 
 
 @dataclass
@@ -47,6 +51,8 @@ class Report(Printable):
         cache_bytes: cache buffers of all streams.
         mac_ratio: FLOPs of the same calls uncached over FLOPs of those that were run, counted on the variants'
             graphs: the speed-up if time were arithmetic.
+        times: what ``timed`` measured, per kind of step; empty without it.
+        step_seconds: the same per step: median seconds of a call, by the step's index.
     """
 
     trajectories: int
@@ -63,6 +69,16 @@ class Report(Printable):
     forced: Counter[str] = field(default_factory=Counter)
     cache_bytes: int = 0
     mac_ratio: float = 1.0
+    times: list[KindTime] = field(default_factory=list)
+    step_seconds: dict[int, float] = field(default_factory=dict)
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw what a call takes at each step. Needs matplotlib (the extra ``plot``), and ``timed`` to have run."""
+        if not self.step_seconds:
+            raise CompiledError("nothing was timed: sample inside of `with smoothcache.timed(model):` first")
+        steps = range(max(self.step_seconds) + 1)
+        milliseconds = [1e3 * self.step_seconds.get(step, float("nan")) for step in steps]
+        plot_costs(milliseconds, path, label="milliseconds a call")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as dictionaries, lists and numbers, for JSON."""
@@ -90,6 +106,7 @@ class Report(Printable):
             f"MAC ratio {self.mac_ratio:.2f}, caches {format_bytes(self.cache_bytes)}",
             f"{self.graphs} graph{'s' if self.graphs != 1 else ''}, {self.variants} variants, compiled in {seconds} s",
         ]
+        lines.extend(self._timings())
         lines.extend(describe_breaks(self.breaks, self.lost_share, self.whole))
         if self.uncompiled_calls:
             lines.append(f"{self.uncompiled_calls} calls ran uncompiled and uncached: Dynamo hit its recompile limit")
@@ -97,6 +114,15 @@ class Report(Printable):
             lines.append("computed beyond the schedule:")
             lines.extend(f"  {count} site calls: {reason}" for reason, count in self.forced.items())
         return "\n".join(lines)
+
+    def _timings(self) -> Iterator[str]:
+        if self.times:
+            rows = [("step", "calls", "ms a call", "20th percentile", "80th")]
+            rows += [(t.kind, str(t.calls), *(f"{1e3 * s:.3f}" for s in (t.median, t.p20, t.p80))) for t in self.times]
+            yield format_table(rows)
+            medians = {time.kind: time.median for time in self.times}
+            if medians.keys() >= {"computed", "cached"}:
+                yield f"a cached step takes {medians['cached'] / medians['computed']:.1%} of a computed one"
 
 
 def describe_breaks(breaks: Mapping[str, int], lost_share: float, whole: Sequence[str]) -> Iterator[str]:
@@ -137,6 +163,8 @@ def report(model_or_pipeline: Any) -> Report:
         total.cache_bytes += other.cache_bytes
         uncached, done = uncached + its_uncached, done + its_done
     total.mac_ratio = uncached / done if done else 1.0
+    times = [time for forward in forwards.values() for time in forward.times]
+    total.times, total.step_seconds = by_kind(times), by_step(times)
     return total
 
 

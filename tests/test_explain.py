@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from torch._subclasses import FakeTensorMode
 
 import smoothcache_fx as smoothcache
 from capture import Stack, inputs
@@ -46,7 +48,8 @@ def test_explain_tells_groups_shapes_gates_work_and_memory(model):
 
 def test_explain_predicts_what_then_happens(model):
     schedule = Schedule(4, ROWS)
-    predicted = smoothcache.explain(model, *inputs(), schedule=schedule)
+    explanation = smoothcache.explain(model, *inputs(), schedule=schedule)
+    predicted = explanation.prediction
     smoothcache.compile(model, schedule, backend="eager")
     with torch.no_grad():
         for _ in range(4):
@@ -54,11 +57,62 @@ def test_explain_predicts_what_then_happens(model):
     report = smoothcache.report(model)
     assert predicted.variants == report.variants == 3
     assert predicted.mac_ratio == pytest.approx(report.mac_ratio)
-    assert predicted.cache_bytes == report.cache_bytes
+    assert predicted.cache_bytes == explanation.cache_bytes == report.cache_bytes
     assert predicted.mac_ratio > 1.5
-    for found in (predicted, report):
-        assert json.loads(json.dumps(found.to_dict()))["mac_ratio"] == found.mac_ratio
+    assert 4 / sum(predicted.step_shares) == pytest.approx(predicted.mac_ratio)
+    assert predicted.step_shares[0] == 1.0 > predicted.step_shares[2] > predicted.step_shares[1]
+    assert predicted.speedup == (predicted.byte_ratio, predicted.mac_ratio)
+    text = str(explanation)
+    assert (
+        f"predicted speed-up {predicted.byte_ratio:.2f} to {predicted.mac_ratio:.2f}" in text and "3 variants" in text
+    )
+    stored = json.loads(json.dumps(explanation.to_dict()))["prediction"]
+    assert (stored["mac_ratio"], tuple(stored["speedup"])) == (predicted.mac_ratio, predicted.speedup)
+    assert json.loads(json.dumps(report.to_dict()))["mac_ratio"] == report.mac_ratio
+    for found in (explanation, report):
         assert found._repr_html_().startswith("<pre>") and "blocks.*.attn" in found._repr_html_()
+
+
+def test_only_sites_that_are_reused_take_memory(model):
+    explanation = smoothcache.explain(model, *inputs(), schedule=Schedule(4, {"blocks.1.attn": [1, 0, 1, 0]}))
+    assert explanation.prediction.cache_bytes == explanation.sites[2].cache_bytes == explanation.cache_bytes / 6
+    nothing = smoothcache.explain(model, *inputs(), schedule=Schedule(4)).prediction
+    assert (nothing.variants, nothing.mac_ratio, nothing.cache_bytes) == (1, 1.0, 0)
+    assert nothing.speedup == (1.0, 1.0) and nothing.step_shares == (1.0,) * 4
+
+
+@torch.library.custom_op("smoothcache_tests::unrunnable", mutates_args=())
+def unrunnable(x: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("explain has computed something")
+
+
+@unrunnable.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Unrunnable(Stack):
+    def forward(self, x, c):
+        return super().forward(unrunnable(x), c)
+
+
+def test_a_model_of_one_graph_is_not_run():
+    explanation = smoothcache.explain(Unrunnable(2).eval(), *inputs())
+    assert len(explanation.sites) == 4 and explanation.graphs == 1
+    with pytest.raises(AssertionError, match="has computed"):
+        smoothcache.explain(Unrunnable(2, broken=True).eval(), *inputs())
+
+
+@pytest.mark.parametrize("place", ["meta", "fake"])
+def test_weights_and_inputs_need_no_memory(place):
+    real = smoothcache.explain(Stack(2).eval(), *inputs(), schedule=Schedule(4, ROWS))
+    with torch.device("meta") if place == "meta" else FakeTensorMode():
+        model, given = Stack(2).eval(), [torch.randn(value.shape) for value in inputs()]
+    explanation = smoothcache.explain(model, *given, schedule=Schedule(4, ROWS))
+    assert explanation.sites == real.sites and explanation.flops == real.flops
+    # A CPU's attention op has an output more than others'.
+    assert explanation.prediction.byte_ratio == pytest.approx(real.prediction.byte_ratio, rel=1e-2)
+    assert replace(explanation.prediction, byte_ratio=0) == replace(real.prediction, byte_ratio=0)
 
 
 def test_explain_counts_graph_breaks_and_leaves_a_compiled_model_alone(model):

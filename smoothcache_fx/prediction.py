@@ -1,0 +1,83 @@
+"""What a schedule costs and saves, counted on the graphs of its variants before any is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+from .backend import Program, plan_sites
+from .passes import count_bytes, count_flops, narrow
+from .plots import plot_costs
+from .program import Mask
+from .schedule import Schedule
+from .tables import format_bytes
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a schedule costs and saves, for the inputs that were given.
+
+    Attributes:
+        variants: graphs to compile.
+        mac_ratio: FLOPs of the uncached trajectory over those of the scheduled one.
+        byte_ratio: the same of the bytes that must be moved: weights, inputs and outputs of matmuls, caches.
+        cache_bytes: memory for one stream: outputs of the sites that are ever reused.
+        step_shares: FLOPs of each step over those of an uncached one.
+    """
+
+    variants: int
+    mac_ratio: float
+    byte_ratio: float
+    cache_bytes: int
+    step_shares: tuple[float, ...]
+
+    @property
+    def speedup(self) -> tuple[float, float]:
+        """The range in which the speed-up lies, if each step takes the time of its arithmetic or of its traffic.
+
+        The roofline model: from all steps limited by memory to all limited by arithmetic, or the other way round.
+        What an inner compiler and the host add is not in it.
+        """
+        return min(self.mac_ratio, self.byte_ratio), max(self.mac_ratio, self.byte_ratio)
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw the cost of each step. Needs matplotlib (the extra ``plot``)."""
+        plot_costs(self.step_shares, path, label="FLOPs over an\nuncached step's")
+
+    def __str__(self) -> str:
+        low, high = self.speedup
+        variants = f"{self.variants} variant{'s' if self.variants != 1 else ''}"
+        return (
+            f"with this schedule: {variants}, MAC ratio {self.mac_ratio:.2f}, predicted speed-up {low:.2f} to "
+            f"{high:.2f}, {format_bytes(self.cache_bytes)} of cache a stream"
+        )
+
+
+def predict(programs: Sequence[Program], schedule: Schedule) -> Prediction:
+    """The prediction for a model that was captured as these programs. Raises ``ScheduleError`` as ``row_for`` does."""
+    flops, moved = [0] * schedule.steps, [0] * schedule.steps
+    variants = uncached_flops = uncached_bytes = cache_bytes = 0
+    for program in programs:
+        builder = program.builder
+        costs: dict[Mask, tuple[int, int]] = {}
+        for binding in program.bindings:
+            plan = plan_sites(schedule, binding.sites)
+            cache_bytes += sum(site.cache_bytes for i, site in enumerate(binding.sites) if plan.store >> i & 1)
+            for step in range(schedule.steps):
+                mask = Mask(plan.compute[step], plan.compute[step] & plan.store)
+                if mask not in costs:
+                    graph = builder.graph(mask)
+                    costs[mask] = count_flops(graph.graph), count_bytes(narrow(graph).graph)
+                flops[step] += costs[mask][0]
+                moved[step] += costs[mask][1]
+        variants += len(costs)
+        uncached_flops += builder.flops * len(program.bindings)
+        uncached_bytes += count_bytes(builder.captured.graph) * len(program.bindings)
+    return Prediction(
+        variants=variants,
+        mac_ratio=uncached_flops * schedule.steps / max(1, sum(flops)),
+        byte_ratio=uncached_bytes * schedule.steps / max(1, sum(moved)),
+        cache_bytes=cache_bytes,
+        step_shares=tuple(cost / max(1, uncached_flops) for cost in flops),
+    )
