@@ -75,6 +75,8 @@ def main() -> None:
         arguments.rounds,
     )
     report = smoothcache.report(cached)
+    at_first = torch.ones(arguments.batch, device=device)
+    predicted = smoothcache.explain(cached, latents, at_first, labels, schedule=schedule).prediction
     speedup = ratio_of_medians(seconds["torch.compile"], seconds["smoothcache"])
     full = summary(seconds["torch.compile"])["median"] / steps
     computed = sum(PUBLISHED_24_OF_50)
@@ -83,6 +85,7 @@ def main() -> None:
         one = summary(values)
         print(f"{name:14s} {one['median']:.3f} s  ({one['p20']:.3f} to {one['p80']:.3f})")
     print(f"speed-up {speedup:.3f}, MAC ratio {report.mac_ratio:.3f}, efficiency {speedup / report.mac_ratio:.3f}")
+    print("predicted before compiling: {:.3f} to {:.3f}".format(*predicted.speedup))
     print(f"a cached step costs about {reused_step / full:.1%} of a full one")
     print(
         f"caches {report.cache_bytes / 2**20:.1f} MiB, variants {report.variants}, "
@@ -95,6 +98,7 @@ def main() -> None:
                 "arguments": vars(arguments),
                 "seconds": {name: summary(values) for name, values in seconds.items()},
                 "speedup": speedup,
+                "predicted_speedup": predicted.speedup,
                 "mac_ratio": report.mac_ratio,
                 "efficiency": speedup / report.mac_ratio,
                 "cached_step_share": reused_step / full,
