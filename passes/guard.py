@@ -25,20 +25,38 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .facts import aten
+from .forecast import forecast
 from .sites import Site
 
 #: Keys in the metadata of guards and their placeholders: position of the site, position of the buffer.
 SITE = "smoothcache_site"
 CACHE = "smoothcache_cache"
 DECISION = "smoothcache_decision"
+#: Of a cache: how many computed outputs lie between it and the newest.
+AGE = "smoothcache_age"
+#: Of the input with a weight per buffer, by which forecasts add up.
+WEIGHTS = "smoothcache_weights"
 
 
-def guard(value: torch.Tensor, cache: torch.Tensor, compute: bool) -> torch.Tensor:
-    """Store ``value`` in ``cache`` and return it, or return what ``cache`` holds."""
-    if compute:
-        cache.copy_(value)
-        return value
-    return cache
+def guard(
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    compute: bool,
+    older: Sequence[torch.Tensor] = (),
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Store ``value`` in ``cache`` and return it, or return what ``cache`` holds.
+
+    With ``older`` values, what is stored moves on into these first, and what is returned is their forecast.
+    """
+    if not compute:
+        return forecast((cache, *older), weights) if older else cache
+    caches = (cache, *older)
+    for newer, there in zip(caches[-2::-1], caches[:0:-1], strict=True):
+        there.copy_(newer)
+    cache.copy_(value)
+    return value
 
 
 def copy_graph(gm: GraphModule) -> tuple[Graph, dict[Node, Node]]:
@@ -72,31 +90,55 @@ def cache_value(output: Node) -> torch.Tensor:
         return torch.empty_like(value)
 
 
-def insert_guards(gm: GraphModule, sites: Sequence[Site]) -> GraphModule:
-    """The guarded graph: inputs as before, then one cache per site output, then one decision (bool) per site."""
+def insert_guards(gm: GraphModule, sites: Sequence[Site], order: int = 0) -> GraphModule:
+    """The guarded graph: inputs as before, then the caches, then one decision (bool) per site.
+
+    Each site output has ``order + 1`` caches, newest first. With an order above 0 there is one more input after the
+    caches: ``weights``, float32 [number of caches], with which a forecast weighs each.
+    """
     graph, mapping = copy_graph(gm)
     first_call = next(node for node in graph.nodes if node.op != "placeholder")
-    caches, decisions = [], []
+    caches: list[Node] = []
+    decisions = []
+    weights = None
     with graph.inserting_before(first_call):
         for index, site in enumerate(sites):
             for output in site.outputs:
-                cache = graph.placeholder(f"cache_{len(caches)}")
-                cache.meta.update({"val": cache_value(output), SITE: index, CACHE: len(caches)})
-                caches.append(cache)
+                for age in range(order + 1):
+                    cache = graph.placeholder(f"cache_{len(caches)}")
+                    cache.meta.update({"val": cache_value(output), SITE: index, CACHE: len(caches), AGE: age})
+                    caches.append(cache)
+        if order and caches:
+            weights = graph.placeholder("weights")
+            value = caches[0].meta["val"]
+            with value.fake_mode:
+                weights.meta.update({"val": value.new_empty(len(caches), dtype=torch.float32), WEIGHTS: True})
         for index, _ in enumerate(sites):
             decision = graph.placeholder(f"compute_{index}")
             decision.meta.update({"val": True, SITE: index, DECISION: True})
             decisions.append(decision)
-    buffers = iter(caches)
+    histories = iter([caches[i : i + order + 1] for i in range(0, len(caches), order + 1)])
     for index, site in enumerate(sites):
         for output in site.outputs:
-            _insert_guard(graph, mapping[output], next(buffers), decisions[index], site)
+            _insert_guard(graph, mapping[output], next(histories), weights, decisions[index], site)
     return with_graph(gm, graph)
 
 
-def _insert_guard(graph: Graph, value: Node, cache: Node, decision: Node, site: Site) -> None:
-    with graph.inserting_after(value):
-        node = graph.call_function(guard, (value, cache, decision))
+def _insert_guard(
+    graph: Graph, value: Node, history: Sequence[Node], weights: Node | None, decision: Node, site: Site
+) -> None:
+    cache, *older = history
+    arguments: tuple[object, ...] = (value, cache, decision)
+    after = value
+    if older:
+        start = cache.meta[CACHE]
+        with graph.inserting_after(value):
+            after = graph.call_function(aten.slice.Tensor, (weights, 0, start, start + len(history)))
+        with weights.meta["val"].fake_mode:
+            after.meta["val"] = weights.meta["val"][start : start + len(history)]
+        arguments += (older, after)
+    with graph.inserting_after(after):
+        node = graph.call_function(guard, arguments)
     value.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
     for key in ("nn_module_stack", "stack_trace", "val", "tensor_meta"):
         if key in value.meta:
@@ -112,7 +154,11 @@ def guards(graph: Graph) -> list[Node]:
 
 
 def run_guarded(
-    guarded: GraphModule, inputs: Sequence[object], caches: Sequence[torch.Tensor], mask: Sequence[bool]
+    guarded: GraphModule,
+    inputs: Sequence[object],
+    caches: Sequence[torch.Tensor],
+    mask: Sequence[bool],
+    weights: torch.Tensor | None = None,
 ) -> object:
-    """Run the guarded graph eagerly; ``mask[i]`` says whether site i is computed."""
-    return guarded(*inputs, *caches, *mask)
+    """Run the guarded graph eagerly; ``mask[i]`` says whether site i is computed. ``weights`` if it has an order."""
+    return guarded(*inputs, *caches, *(() if weights is None else (weights,)), *mask)

@@ -12,27 +12,35 @@ After, where site 0 is computed, and where it is reused::
     copy_ = copy_(cache_0, attn)
     gated = mul(gate, attn)
 
-Dead code elimination then takes away exactly what only reused branches needed.
+Dead code elimination then takes away exactly what only reused branches needed. A site with an order above 0 moves its
+history on before it stores, and reads a forecast (``passes/forecast.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .facts import ASSERTIONS, packet, through_views
+from .forecast import emit_forecast
 from .guard import CACHE, SITE, copy_graph, guards, placeholders, with_graph
 
 
-def specialize(guarded: GraphModule, compute: Collection[int], store: Collection[int] | None = None) -> GraphModule:
+def specialize(
+    guarded: GraphModule,
+    compute: Collection[int],
+    store: Collection[int] | None = None,
+    orders: Sequence[int] = (),
+) -> GraphModule:
     """The variant for one mask.
 
     Args:
         guarded: what ``insert_guards`` returned.
         compute: positions of the sites that are computed; all others read their caches.
         store: which of them write their caches; all by default. A site that no step reuses need not.
+        orders: of each site's forecast, at most what the guarded graph was made for; all 0 by default.
 
     The variant's placeholders are the inputs and caches that it uses, in the guarded graph's order; each carries its
     position there in ``meta["smoothcache_input"]``. Symbolic sizes stay, used or not: other inputs' shapes need them.
@@ -41,15 +49,17 @@ def specialize(guarded: GraphModule, compute: Collection[int], store: Collection
     for position, node in enumerate(placeholders(graph)):
         node.meta = {**node.meta, "smoothcache_input": position}
     for node in guards(graph):
-        value, cache, _ = node.args
+        value, cache, _, *rest = node.args
         site = node.meta[SITE]
+        history = [cache, *(rest[0] if rest else ())][: 1 + (orders[site] if orders else 0)]
         if site not in compute:
-            node.replace_all_uses_with(cache)
+            with graph.inserting_before(node):
+                read = cache if len(history) == 1 else emit_forecast(graph, history, rest[1])
+            node.replace_all_uses_with(read)
         else:
             if store is None or site in store:
                 with graph.inserting_before(node):
-                    copy = graph.call_function(torch.ops.aten.copy_.default, (cache, value))
-                copy.meta.update({"val": cache.meta["val"], SITE: site})
+                    _store(graph, value, history, site)
             node.replace_all_uses_with(value)
         graph.erase_node(node)
     _keep_caches_inside(graph)
@@ -59,6 +69,13 @@ def specialize(guarded: GraphModule, compute: Collection[int], store: Collection
         if not node.users and not symbolic:
             graph.erase_node(node)
     return with_graph(guarded, graph)
+
+
+def _store(graph: Graph, value: Node, history: Sequence[Node], site: int) -> None:
+    """Write the value to the newest cache, after each older one has taken over the next newer one's."""
+    for source, cache in zip([*history[-2::-1], value], reversed(history), strict=True):
+        copy = graph.call_function(torch.ops.aten.copy_.default, (cache, source))
+        copy.meta.update({"val": cache.meta["val"], SITE: site})
 
 
 def _keep_caches_inside(graph: Graph) -> None:

@@ -79,11 +79,12 @@ def _signature(node: Node) -> object:
 
 
 def _check_guard(node: Node) -> None:
-    value, cache, decision = node.args
+    value, cache, decision, *rest = node.args
     if CACHE not in cache.meta or DECISION not in decision.meta:
         raise GraphError(f"the guard {node.name} does not take a cache and a decision: {cache.name}, {decision.name}")
-    if _signature(value) != _signature(cache):
-        raise GraphError(f"the guard {node.name} stores {_signature(value)} in a cache of {_signature(cache)}")
+    for one in (cache, *(rest[0] if rest else ())):
+        if _signature(value) != _signature(one):
+            raise GraphError(f"the guard {node.name} stores {_signature(value)} in a cache of {_signature(one)}")
     others = [user.name for user in value.users if user is not node]
     if others:
         raise GraphError(f"the guard {node.name} is passed by: {', '.join(others)} use {value.name} itself")
@@ -98,6 +99,10 @@ def _check_cache(cache: Node) -> None:
             pending += [(user, after) for after in user.users]
         else:
             (writes if _writes(user, value) else reads).append(user)
+    order = {node: position for position, node in enumerate(cache.graph.nodes)}
+    # Before it is written, a cache may be moved on into the next older one.
+    moved = [n for n in reads if packet(n) is torch.ops.aten.copy_ and CACHE in n.args[0].meta]
+    reads = [n for n in reads if n not in moved or any(order[n] > order[write] for write in writes)]
     if len(writes) > 1 or (writes and reads):
         raise GraphError(
             f"the cache {cache.name} is written by {[n.name for n in writes]} and read by "

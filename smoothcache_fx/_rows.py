@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 
 from .errors import ScheduleError, SmoothCacheError
 
@@ -78,6 +79,24 @@ def row_of(key: str, row: object, steps: int) -> tuple[bool, ...]:
             f"the row of {key!r} reuses at step 0, where nothing has been computed yet; make its first entry 1"
         )
     return tuple(map(bool, values))
+
+
+def times_of(times: object, steps: int) -> tuple[float, ...]:
+    """The positions of `steps` steps as finite floats, strictly rising or falling."""
+    if isinstance(times, (str, bytes, Mapping)) or not isinstance(times, Iterable):
+        raise ScheduleError(f"times is {times!r}, expected a number for each of the {steps} steps, or None")
+    values = [scalar(value) for value in times]
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ScheduleError(f"times has {value!r}, expected finite numbers, such as timesteps")
+    if len(values) != steps:
+        raise ScheduleError(f"times has {len(values)} entries, expected one for each of the {steps} steps")
+    gaps = [after - before for before, after in pairwise(values)]
+    if not (all(gap > 0 for gap in gaps) or all(gap < 0 for gap in gaps)):
+        raise ScheduleError(
+            "times neither rises nor falls from each step to the next; give each step a time of its own"
+        )
+    return tuple(map(float, values))
 
 
 def weights_of(flops: object, selectors: Iterable[str]) -> dict[str, float]:

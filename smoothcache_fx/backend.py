@@ -74,7 +74,7 @@ class Program:
         self.graph_break = frame.graph_break
         self.session = session
         self.frame = frame
-        self.builder = GraphBuilder(captured, compile_variant, session.inner)
+        self.builder = GraphBuilder(captured, compile_variant, session.inner, session.schedule.highest_order)
         self.dispatcher = session.dispatcher(self.builder)
         self.bindings: list[Binding] = []
         self._weights_among = picker(frame.weights)
@@ -125,7 +125,9 @@ class Program:
             paths.append(drop_components(common_module(parameters), site.containers))
         kinds = [site.kind for site in builder.sites]
         sites = [
-            SiteInfo(name, group_of(name), site.kind, builder.buffers_of(site), site.flops, site.cache_bytes)
+            SiteInfo(
+                name, group_of(name), site.kind, builder.buffers_of(site), builder.history, site.flops, site.cache_bytes
+            )
             for name, site in zip(unique_names(paths, kinds, call), builder.sites, strict=True)
         ]
         log.info("bound %d sites: %s", len(sites), ", ".join(site.name for site in sites))
@@ -224,7 +226,8 @@ def share_outside(session: Session) -> float:
 
 def plan_sites(schedule: Schedule, sites: Sequence[SiteInfo]) -> Plan:
     """The schedule laid out for these sites."""
-    return make_plan([schedule.row_for(site) for site in sites], schedule.steps)
+    rows = [schedule.row_for(site) for site in sites]
+    return make_plan(rows, schedule.steps, [schedule.order_for(site) for site in sites], schedule.times)
 
 
 def module_weight_names(root: torch.nn.Module | None) -> dict[int, str]:
@@ -310,7 +313,7 @@ def check_selectors(schedule: Schedule, sites: Sequence[Any]) -> None:
     """Raise ``ScheduleError`` if a selector of the schedule fits no site; kinds that the model lacks are allowed."""
     unused = schedule.unused_selectors(sites)
     wrong = [selector for selector in unused if selector not in KINDS]
-    if not wrong and (not unused or len(unused) < len(schedule.compute)):
+    if not wrong and (not unused or len(unused) < len(schedule.selectors)):
         return
     groups: dict[str, str] = {site.group: site.kind for site in sites}
     listed = "\n".join(f"  {group} ({kind})" for group, kind in groups.items()) or "  (none)"

@@ -43,15 +43,19 @@ class GraphBuilder:
         graphs: the variants' graphs by mask, before the inner compiler had them.
     """
 
-    def __init__(self, captured: GraphModule, compile_variant: CompileVariant, inner: InnerCompiler) -> None:
+    def __init__(
+        self, captured: GraphModule, compile_variant: CompileVariant, inner: InnerCompiler, order: int = 0
+    ) -> None:
         start = time.perf_counter()
         self.captured = captured
         self.sites, self.rejections = analyze(captured.graph)
-        self.guarded = check_graph(insert_guards(captured, self.sites), like=captured, stage="guarded")
+        self.guarded = check_graph(insert_guards(captured, self.sites, order), like=captured, stage="guarded")
         self._compile_id = _torch.current_compile_id()
         self._trace("smoothcache_guarded", "A guard behind each site's output.", self.guarded)
         self.graphs: dict[Mask, GraphModule] = {}
         self.flops = count_flops(captured.graph)
+        #: Caches of a site's output: the newest, and what forecasts look back to.
+        self.history = order + 1
         self._compile_variant = compile_variant
         inputs = placeholders(captured.graph)
         self._input_values = [node.meta.get("val") for node in inputs]
@@ -89,27 +93,37 @@ class GraphBuilder:
         with torch.inference_mode(False), torch.no_grad():
             return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
 
+    def weights(self, values: Sequence[float]) -> torch.Tensor:
+        """The forecasts' weights, one per buffer, where the graph wants them."""
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.tensor(values, dtype=torch.float32, device=self._caches[0].meta["val"].device)
+
     def build(self, mask: Mask, inputs: Sequence[Any]) -> Variant:
         """Specialise the guarded graph to the mask and compile it."""
         graph = self.graph(mask)
+        count, end = len(self._input_values), len(self._input_values) + self.buffer_count
         kept = variant_inputs(graph)
-        count = len(self._input_values)
-        arguments = tuple(i for i in kept if i < count)
-        buffers = tuple(i - count for i in kept if i >= count)
-        examples = [inputs[i] for i in arguments] + [self.allocate(i, inputs) for i in buffers]
+        variant = self._variant(graph)
+        examples = [inputs[i] for i in variant.inputs] + [self.allocate(i, inputs) for i in variant.buffers]
+        if variant.weighs:
+            examples.append(self.weights([0.0] * self.buffer_count))
         start = time.perf_counter()
         with _torch.recording_guards(self._fake_mode if self.shape_inputs else None) as conditions:
             # Inductor changes the graph that it is given.
             own = with_graph(graph, copy_graph(graph)[0])
-            run = self._compile_variant(own, examples, [i if i < count else -1 for i in kept])
+            variant.run = self._compile_variant(own, examples, [-1 if count <= i < end else i for i in kept])
         self._conditions.extend(conditions)
         log.info("variant %d: compiled in %.1f s", list(self.graphs).index(mask), time.perf_counter() - start)
-        return Variant(run, arguments, buffers, count_flops(graph.graph))
+        return variant
 
     def build_uncompiled(self, mask: Mask) -> Variant:
         """The variant run node by node: for sizes that the compiled one does not hold for."""
-        graph = self.graph(mask)
-        kept, count = variant_inputs(graph), len(self._input_values)
+        return self._variant(self.graph(mask))
+
+    def _variant(self, graph: GraphModule) -> Variant:
+        """A variant that runs its graph node by node."""
+        count, end = len(self._input_values), len(self._input_values) + self.buffer_count
+        kept = variant_inputs(graph)
 
         def run(arguments: list[Any]) -> Sequence[Any]:
             values = tuple(arguments)
@@ -118,9 +132,10 @@ class GraphBuilder:
 
         return Variant(
             run,
-            tuple(i for i in kept if i < count),
-            tuple(i - count for i in kept if i >= count),
-            count_flops(graph.graph),
+            inputs=tuple(i for i in kept if i < count),
+            buffers=tuple(i - count for i in kept if count <= i < end),
+            weighs=any(i >= end for i in kept),
+            flops=count_flops(graph.graph),
         )
 
     def holds_for(self, inputs: Sequence[Any]) -> bool:
@@ -137,6 +152,7 @@ class GraphBuilder:
             chosen = {
                 "compute": {i for i in sites if mask.compute >> i & 1},
                 "store": {i for i in sites if mask.store >> i & 1},
+                "orders": mask.orders,
             }
             name = f"variant {len(self.graphs)}"
             log.info("%s: %d of %d sites are computed", name, len(chosen["compute"]), len(sites))

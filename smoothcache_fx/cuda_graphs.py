@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from . import _torch
+from .passes.facts import packet
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
 
@@ -62,19 +63,31 @@ def _base(node: Node) -> Node:
     return node
 
 
-def recorded_at_once(run: Boxed, sizes: Sequence[int]) -> Boxed:
+def moved_on(gm: GraphModule) -> list[int]:
+    """Positions of the inputs that a graph copies into others before it writes to them: caches with a history."""
+    holders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    copies = [node for node in gm.graph.nodes if packet(node) is torch.ops.aten.copy_]
+    both = {copy.args[0] for copy in copies} & {copy.args[1] for copy in copies}
+    return [i for i, holder in enumerate(holders) if holder in both]
+
+
+def recorded_at_once(run: Boxed, sizes: Sequence[int], moved: Sequence[int]) -> Boxed:
     """A graph that Inductor records as CUDA graph, such that it does so at the first call for some sizes.
 
     Inductor runs it once to warm up, records the second run and replays from the third on. A variant that a schedule
     uses once in a trajectory would be recorded in the second trajectory, so its first call runs it twice. ``sizes``
-    are positions of symbolic sizes among its inputs: there is a recording for each.
+    are positions of symbolic sizes among its inputs: there is a recording for each. Inputs at ``moved`` get back what
+    they had before the second run.
     """
     recorded: set[tuple[int, ...]] = set()
 
     def call(arguments: list[Any]) -> Sequence[Any]:
         key = tuple([arguments[i] for i in sizes])
         if key not in recorded:
+            before = [(arguments[i], arguments[i].clone()) for i in moved]
             run(list(arguments))  # what it returns is dropped: Inductor records only when nothing of it lives
+            for there, value in before:
+                there.copy_(value)
             recorded.add(key)
         return run(arguments)
 

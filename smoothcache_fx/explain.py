@@ -168,7 +168,8 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     check_inference(model, args, kwargs)
     with torch.no_grad():
-        session = _captured_only(model, args, kwargs) or _captured_and_run(model, args, kwargs)
+        order = 0 if schedule is None else schedule.highest_order
+        session = _captured_only(model, order, args, kwargs) or _captured_and_run(model, order, args, kwargs)
     try:
         return _explain_session(model, session, schedule)
     finally:
@@ -194,18 +195,18 @@ class _CaptureSession(Session):
         return _NotRun()
 
 
-def _new_session(kind: type[Session], model: torch.nn.Module) -> Session:
-    session = kind(Schedule(steps=1), inner_compiler("eager", None, None, None), Clock(1), model)
+def _new_session(kind: type[Session], model: torch.nn.Module, order: int) -> Session:
+    session = kind(Schedule(steps=1, order=order), inner_compiler("eager", None, None, None), Clock(1), model)
     session.clock.tick()
     return session
 
 
-def _captured_only(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session | None:
+def _captured_only(model: torch.nn.Module, order: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session | None:
     """The model's session after capture, or None if it is not one graph. Python between graphs may read values."""
     place, compiled = ForwardPlace(model), forward_of(model)
     if place.attribute != "forward":
         return None  # hooks move weights and inputs to where they can be captured
-    session = _new_session(_CaptureSession, model)
+    session = _new_session(_CaptureSession, model, order)
     forward = place.forward if compiled is None else compiled.original
     try:
         _torch.dynamo_compile(forward, session, fullgraph=True)(*args, **kwargs)
@@ -217,8 +218,8 @@ def _captured_only(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
     return None
 
 
-def _captured_and_run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
-    session = _new_session(Session, model)
+def _captured_and_run(model: torch.nn.Module, order: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
+    session = _new_session(Session, model, order)
     with _forward_replaced(model, session) as forward:
         forward(*args, **kwargs)
     return session

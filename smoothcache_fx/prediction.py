@@ -22,7 +22,7 @@ class Prediction:
         variants: graphs to compile.
         mac_ratio: FLOPs of the uncached trajectory over those of the scheduled one.
         byte_ratio: the same of the bytes that must be moved: weights, inputs and outputs of matmuls, caches.
-        cache_bytes: memory for one stream: outputs of the sites that are ever reused.
+        cache_bytes: memory for one stream: outputs of the sites that are ever reused, with what forecasts look back to.
         step_shares: FLOPs of each step over those of an uncached one.
     """
 
@@ -63,9 +63,14 @@ def predict(programs: Sequence[Program], schedule: Schedule) -> Prediction:
         costs: dict[Mask, tuple[int, int]] = {}
         for binding in program.bindings:
             plan = plan_sites(schedule, binding.sites)
-            cache_bytes += sum(site.cache_bytes for i, site in enumerate(binding.sites) if plan.store >> i & 1)
+            orders = plan.orders or [0] * len(binding.sites)
+            cache_bytes += sum(
+                site.cache_bytes * (1 + order)
+                for i, (site, order) in enumerate(zip(binding.sites, orders, strict=True))
+                if plan.store >> i & 1
+            )
             for step in range(schedule.steps):
-                mask = Mask(plan.compute[step], plan.compute[step] & plan.store)
+                mask = plan.mask(plan.compute[step])
                 if mask not in costs:
                     graph = builder.graph(mask)
                     costs[mask] = count_flops(graph.graph), count_bytes(narrow(graph).graph)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from . import forecast
 from .clock import Clock
 
 log = logging.getLogger(__name__)
@@ -24,17 +25,24 @@ class SiteInfo:
     name: str
     group: str
     kind: str
+    #: Positions of its caches: for each output the newest and those of its history.
     buffers: tuple[int, ...]
+    #: How many of them belong to an output.
+    history: int
     flops: int
     cache_bytes: int
 
 
 @dataclass(frozen=True)
 class Mask:
-    """One step's decision for a program's sites, as bit sets: which to compute, which of these to store."""
+    """One step's decision for a program's sites, as bit sets: which to compute, which of these to store.
+
+    ``orders`` are those of the sites' forecasts, empty where all are 0. They are the same at each step.
+    """
 
     compute: int
     store: int
+    orders: tuple[int, ...] = ()
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -45,18 +53,20 @@ def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...
 
 
 class Variant:
-    """One compiled variant: which inputs and buffers it takes, and what it costs."""
+    """One compiled variant: which inputs and buffers it takes, whether weights too, and what it costs."""
 
     def __init__(
         self,
         run: Callable[[list[Any]], Sequence[Any]],
         inputs: tuple[int, ...],
         buffers: tuple[int, ...],
+        weighs: bool,
         flops: int,
     ) -> None:
         self.run = run
         self.inputs = inputs
         self.buffers = buffers
+        self.weighs = weighs
         self.flops = flops
         self.seconds = 0.0
         self.pick_inputs = picker(inputs)
@@ -79,14 +89,17 @@ class VariantBuilder(Protocol):
 
     def allocate(self, buffer: int, inputs: Sequence[Any]) -> torch.Tensor: ...
 
+    def weights(self, values: Sequence[float]) -> torch.Tensor: ...
+
 
 @dataclass
 class Stream:
-    """The cache of one stream of a binding: a buffer per site output, and what each holds."""
+    """The cache of one stream of a binding: its buffers, and for each site the steps whose outputs they hold."""
 
     signature: tuple[Any, ...]
     buffers: list[torch.Tensor | None]
-    stored_at: list[int]
+    #: Per site, newest first; of a site without forecasts only the newest.
+    stored: list[tuple[int, ...]]
     trajectory: int = -1
     last_step: int = -1
     #: Variants whose buffers all exist.
@@ -101,9 +114,16 @@ class Plan:
     last_compute: tuple[tuple[int, ...], ...]
     store: int
     every: int
+    orders: tuple[int, ...]
+    times: tuple[float, ...]
+
+    def mask(self, compute: int) -> Mask:
+        return Mask(compute, compute & self.store, self.orders)
 
 
-def make_plan(rows: Sequence[Sequence[bool]], steps: int) -> Plan:
+def make_plan(
+    rows: Sequence[Sequence[bool]], steps: int, orders: Sequence[int] = (), times: Sequence[float] | None = None
+) -> Plan:
     """Lay out one row per site. Sites that are never reused are computed and never stored."""
     compute, last_compute = [], []
     latest = [0] * len(rows)
@@ -116,7 +136,14 @@ def make_plan(rows: Sequence[Sequence[bool]], steps: int) -> Plan:
         compute.append(bits)
         last_compute.append(tuple(latest))
     store = sum(1 << index for index, row in enumerate(rows) if not all(row))
-    return Plan(tuple(compute), tuple(last_compute), store, (1 << len(rows)) - 1)
+    return Plan(
+        tuple(compute),
+        tuple(last_compute),
+        store,
+        every=(1 << len(rows)) - 1,
+        orders=tuple(orders) if any(orders) else (),
+        times=tuple(map(float, range(steps) if times is None else times)),
+    )
 
 
 class Binding:
@@ -130,6 +157,8 @@ class Binding:
         self.calls: Counter[tuple[Mask, int]] = Counter()
         self.planned: Counter[int] = Counter()
         self.forced: Counter[str] = Counter()
+        #: By step and by which steps' outputs the caches hold.
+        self._weights: dict[tuple[int, tuple[tuple[int, ...], ...]], torch.Tensor] = {}
 
     def stream(self, key: Hashable, signature: tuple[Any, ...]) -> Stream:
         """The stream's cache; a new and empty one where the shapes of the inputs have changed."""
@@ -137,7 +166,7 @@ class Binding:
         if stream is None or stream.signature != signature:
             if stream is not None and stream.last_step >= 0:
                 log.info("the shapes of the inputs changed from %s to %s: new caches", stream.signature, signature)
-            stream = Stream(signature, [None] * self.buffer_count, [-1] * len(self.sites))
+            stream = Stream(signature, [None] * self.buffer_count, [()] * len(self.sites))
             self.streams[key] = stream
         return stream
 
@@ -146,16 +175,17 @@ class Binding:
         planned = self.plan.compute[step]
         if stream.trajectory != trajectory:
             stream.trajectory, stream.last_step = trajectory, -1
-            stream.stored_at = [-1] * len(self.sites)
+            stream.stored = [()] * len(self.sites)
+            if self.plan.orders:
+                _clear(stream.buffers)
         if stream.last_step == step - 1 and step > 0:
-            return Mask(planned, planned & self.plan.store)
+            return self.plan.mask(planned)
         missing = self._missing(stream, step)
         if missing:
             reason = "no value in this trajectory yet" if stream.last_step < 0 else "an earlier step was missed"
             self.forced[f"{reason}, at step {step}"] += missing.bit_count()
             log.info("step %d: %d sites are computed beyond the plan: %s", step, missing.bit_count(), reason)
-        compute = planned | missing
-        return Mask(compute, compute & self.plan.store)
+        return self.plan.mask(planned | missing)
 
     def _missing(self, stream: Stream, step: int) -> int:
         reused = self.plan.every & ~self.plan.compute[step]
@@ -163,15 +193,33 @@ class Binding:
         return sum(
             1 << index
             for index in range(len(self.sites))
-            if reused >> index & 1 and stream.stored_at[index] < needed[index]
+            if reused >> index & 1 and (not stream.stored[index] or stream.stored[index][0] < needed[index])
         )
+
+    def weights(self, stream: Stream, step: int, builder: VariantBuilder) -> torch.Tensor:
+        """What each buffer counts for in the forecasts of a step."""
+        key = step, tuple(stream.stored)
+        found = self._weights.get(key)
+        if found is None:
+            times = self.plan.times
+            values = [0.0] * self.buffer_count
+            for site, stored in zip(self.sites, stream.stored, strict=True):
+                own = forecast.weights([times[at] for at in stored], times[step]) if stored else ()
+                for first in range(0, len(site.buffers), site.history):
+                    for age, weight in enumerate(own):
+                        values[site.buffers[first + age]] = weight
+            if len(self._weights) > 4 * len(times):  # a sampler that misses steps has new ones again and again
+                self._weights.clear()
+            found = self._weights[key] = builder.weights(values)
+        return found
 
     def commit(self, stream: Stream, mask: Mask, step: int) -> None:
         """Note what the call has stored. Only after it has succeeded: a failed one leaves the cache unknown."""
         if mask.store:
-            for index in range(len(self.sites)):
+            for index, stored in enumerate(stream.stored):
                 if mask.store >> index & 1:
-                    stream.stored_at[index] = step
+                    order = mask.orders[index] if mask.orders else 0
+                    stream.stored[index] = (step, *stored[:order])
         stream.last_step = step
         self.planned[self.plan.compute[step]] += 1
 
@@ -184,6 +232,14 @@ class Binding:
             for buffer in stream.buffers
             if buffer is not None
         )
+
+
+def _clear(buffers: Sequence[torch.Tensor | None]) -> None:
+    """What is left of another trajectory counts for nothing, and must not be NaN: that times zero is NaN."""
+    with torch.inference_mode(False), torch.no_grad():
+        for buffer in buffers:
+            if buffer is not None:
+                buffer.zero_()
 
 
 class Dispatcher(Protocol):
@@ -217,8 +273,12 @@ class GuardedProgram:
             for buffer in variant.buffers:
                 if stream.buffers[buffer] is None:
                     stream.buffers[buffer] = self.builder.allocate(buffer, inputs)
+                    if mask.orders:
+                        _clear([stream.buffers[buffer]])
             stream.ready.add(variant)
         arguments = [*variant.pick_inputs(inputs), *variant.pick_buffers(stream.buffers)]
+        if variant.weighs:
+            arguments.append(binding.weights(stream, clock.step, self.builder))
         inputs.clear()
         try:
             outputs = variant.run(arguments)

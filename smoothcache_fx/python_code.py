@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .passes.facts import WEIGHT, module_path, source_line
-from .passes.guard import CACHE, DECISION, SITE
+from .passes.guard import AGE, CACHE, DECISION, SITE, WEIGHTS
 
 #: Where a file of constants lies, beside the Python file.
 CONSTANTS = "constants.pt"
@@ -49,11 +49,14 @@ def notes(names: Sequence[str]) -> Callable[[Node], str | None]:
     def note(node: Node) -> str | None:
         if WEIGHT in node.meta:
             return node.meta[WEIGHT]
+        if WEIGHTS in node.meta:
+            return "a cache's share in a forecast"
         if SITE not in node.meta:
             return None
         name = names[node.meta[SITE]]
         if CACHE in node.meta:
-            return f"cache of {name}"
+            age = node.meta[AGE]
+            return f"cache of {name}" + (f", {age} outputs older than the newest" if age else "")
         return f"whether {name} is computed" if DECISION in node.meta else f"site {name}"
 
     return note

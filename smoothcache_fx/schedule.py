@@ -12,14 +12,17 @@ from types import MappingProxyType
 from typing import Any
 
 from ._files import check_header, read_object
-from ._rows import compute_fraction, last_compute, row_of, selector_of, weights_of, whole_number
+from ._rows import compute_fraction, last_compute, row_of, selector_of, times_of, weights_of, whole_number
 from ._selectors import KINDS, SiteLike, specificity
 from .errors import ScheduleError
 
 __all__ = ["KINDS", "Schedule", "last_compute"]
 
 FORMAT = "smoothcache_fx.schedule"
-VERSION = 1
+VERSION = 2
+
+#: The highest order of a forecast: beyond it noise in the outputs outgrows what is gained.
+HIGHEST_ORDER = 2
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,7 +37,12 @@ class Schedule:
             characters) or a kind (`attn`, `cross_attn`, `ffn`, `attn_ffn`). The most specific one wins: name,
             then glob, then kind; among globs the one with the most literal characters. A site that nothing
             selects is computed at every step.
-        order: of the forecast that a read returns; 0 repeats the last computed output.
+        order: degree, 0 to 2, of the polynomial in the step through the last computed outputs that a reused branch
+            follows (TaylorSeer, arXiv 2503.06923, but exact for uneven gaps). 0 repeats the last output; 1 needs
+            twice and 2 three times its memory. One number, or selector -> order for those that forecast; fewer
+            outputs in a trajectory so far mean a lower degree.
+        times: a position for each step, strictly rising or falling, such as its timestep or sigma: what the polynomial
+            is one of in place of the step's index.
         flops: selector -> FLOPs of all its sites, in any unit: the weights for `compute_fraction`. Needs an
             entry for each selector in `compute`; further selectors count as always computed.
 
@@ -44,14 +52,18 @@ class Schedule:
 
     steps: int = 50
     compute: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    order: int = 0
+    order: int | Mapping[str, int] = 0
     flops: Mapping[str, float] | None = None
+    times: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         steps = whole_number(self.steps, "steps", least=1)
-        order = whole_number(self.order, "order", least=0)
-        if order > 0:
-            raise ScheduleError(f"order is {order}, but orders above 0 are not supported yet; leave it at 0")
+        order: int | Mapping[str, int]
+        if isinstance(self.order, Mapping):
+            order = MappingProxyType({selector_of(key): _order(value) for key, value in self.order.items()})
+        else:
+            order = _order(self.order)
+        times = None if self.times is None else times_of(self.times, steps)
         if not isinstance(self.compute, Mapping):
             raise ScheduleError(
                 f"compute is a {type(self.compute).__name__}, expected a mapping from selector to row, "
@@ -59,7 +71,13 @@ class Schedule:
             )
         rows = {selector_of(key): row_of(key, row, steps) for key, row in self.compute.items()}
         flops = None if self.flops is None else MappingProxyType(weights_of(self.flops, rows))
-        checked = {"steps": steps, "order": order, "compute": MappingProxyType(rows), "flops": flops}
+        checked = {
+            "steps": steps,
+            "order": order,
+            "compute": MappingProxyType(rows),
+            "flops": flops,
+            "times": times,
+        }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -69,18 +87,20 @@ class Schedule:
         Raises:
             ScheduleError: if two globs that are equally specific select the site and have different rows.
         """
-        found = [(rank, key) for key in self.compute if (rank := specificity(key, site)) is not None]
-        if not found:
-            return (True,) * self.steps
-        best = max(rank for rank, _ in found)
-        winners = [key for rank, key in found if rank == best]
-        row = self.compute[winners[0]]
-        if any(self.compute[key] != row for key in winners):
-            raise ScheduleError(
-                f"site {site.name!r} is selected by {' and '.join(map(repr, winners))}, which are equally "
-                f"specific and have different rows; give the site a row by its name"
-            )
-        return row
+        return _select(self.compute, site, "rows", (True,) * self.steps)
+
+    def order_for(self, site: SiteLike) -> int:
+        """The degree of the forecast that `site` reads.
+
+        Raises:
+            ScheduleError: if two globs that are equally specific select the site and have different orders.
+        """
+        return _select(self.order, site, "orders", 0) if isinstance(self.order, Mapping) else self.order
+
+    @property
+    def highest_order(self) -> int:
+        """The highest of all orders."""
+        return max(self.order.values(), default=0) if isinstance(self.order, Mapping) else self.order
 
     def unused_selectors(self, sites: Iterable[SiteLike]) -> list[str]:
         """The selectors that select none of `sites`, in the schedule's order.
@@ -88,7 +108,12 @@ class Schedule:
         A selector that more specific ones overrule everywhere still counts as used.
         """
         sites = list(sites)
-        return [key for key in self.compute if all(specificity(key, site) is None for site in sites)]
+        return [key for key in self.selectors if all(specificity(key, site) is None for site in sites)]
+
+    @property
+    def selectors(self) -> list[str]:
+        """All selectors, of rows and then of orders, each once."""
+        return list(dict.fromkeys((*self.compute, *(self.order if isinstance(self.order, Mapping) else ()))))
 
     @property
     def compute_fraction(self) -> float:
@@ -121,9 +146,10 @@ class Schedule:
             f'  "format": {json.dumps(FORMAT)}',
             f'  "version": {VERSION}',
             f'  "steps": {self.steps}',
-            f'  "order": {self.order}',
+            f'  "order": {json.dumps(_plain(self.order))}',
             '  "compute": {' + ("\n" + ",\n".join(rows) + "\n  " if rows else "") + "}",
-            f'  "flops": {json.dumps(None if self.flops is None else dict(self.flops))}',
+            f'  "flops": {json.dumps(_plain(self.flops))}',
+            f'  "times": {json.dumps(_plain(self.times))}',
         ]
         Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
@@ -139,7 +165,9 @@ class Schedule:
                 holds something that is no schedule.
         """
         data = read_object(path, ScheduleError, "schedule")
-        keys = ("steps", "order", "compute", "flops")
+        keys = ("steps", "order", "compute", "flops", "times")
+        if data.get("format") == FORMAT and data.get("version") == 1:
+            data.setdefault("times", None)
         published = "format" not in data and data and all(isinstance(row, list) for row in data.values())
         if not published:
             check_header(data, path, format=FORMAT, version=VERSION, keys=keys, error=ScheduleError)
@@ -156,24 +184,61 @@ class Schedule:
         if not self.compute:
             return f"every site is computed at each of {self.steps} steps"
         width, digits = max(map(len, self.compute)), len(str(self.steps))
-        return "\n".join(
+        lines = [
             f"{key:<{width}}  {''.join('█' if c else '·' for c in row)}  {sum(row):>{digits}}/{self.steps}"
             for key, row in self.compute.items()
-        )
+        ]
+        if self.highest_order:
+            lines.append(f"forecasts of order {_plain(self.order)}" + (", in its times" if self.times else ""))
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         rows = {key: list(map(int, row)) for key, row in self.compute.items()}
-        flops = "" if self.flops is None else f", flops={dict(self.flops)}"
-        return f"Schedule(steps={self.steps}, compute={rows}, order={self.order}{flops})"
+        more = "".join(
+            f", {name}={_plain(value)}"
+            for name, value in (("flops", self.flops), ("times", self.times))
+            if value is not None
+        )
+        return f"Schedule(steps={self.steps}, compute={rows}, order={_plain(self.order)}{more})"
 
     def __hash__(self) -> int:
         flops = None if self.flops is None else frozenset(self.flops.items())
-        return hash((self.steps, frozenset(self.compute.items()), self.order, flops))
+        order = frozenset(self.order.items()) if isinstance(self.order, Mapping) else self.order
+        return hash((self.steps, frozenset(self.compute.items()), order, flops, self.times))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The read-only mappings can be neither pickled nor deep-copied.
-        flops = None if self.flops is None else dict(self.flops)
-        return Schedule, (self.steps, dict(self.compute), self.order, flops)
+        return Schedule, (self.steps, dict(self.compute), _plain(self.order), _plain(self.flops), self.times)
+
+
+def _select(values: Mapping[str, Any], site: SiteLike, what: str, default: Any) -> Any:
+    """The value of the selector that selects the site most specifically."""
+    found = [(rank, key) for key in values if (rank := specificity(key, site)) is not None]
+    if not found:
+        return default
+    best = max(rank for rank, _ in found)
+    winners = [key for rank, key in found if rank == best]
+    value = values[winners[0]]
+    if any(values[key] != value for key in winners):
+        raise ScheduleError(
+            f"site {site.name!r} is selected by {' and '.join(map(repr, winners))}, which are equally "
+            f"specific and have different {what}; give the site one by its name"
+        )
+    return value
+
+
+def _order(value: object) -> int:
+    order = whole_number(value, "order", least=0)
+    if order > HIGHEST_ORDER:
+        raise ScheduleError(f"order is {order}, expected 0, 1 or {HIGHEST_ORDER}")
+    return order
+
+
+def _plain(value: Any) -> Any:
+    """What JSON and repr take for a mapping or tuple."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _glob(key: str) -> str:

@@ -11,8 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 from typing_extensions import Self
 
 OracleType = TypeVar("OracleType", bound="Oracle")
@@ -37,12 +39,21 @@ class Oracle:
         model: run uncompiled; its submodules' ``forward`` is replaced until the oracle is closed.
         branches: site name -> where to find it.
         rows: site name -> one entry a step, true where it is computed; a site without one is always computed.
+        orders: site name -> degree of the polynomial in the step through the last outputs that is replayed; 0 if none.
+        times: what the polynomial is one of, in place of the step.
 
     Attributes:
         calls: site name -> how often its module has really run.
     """
 
-    def __init__(self, model: nn.Module, branches: Mapping[str, BranchLike], rows: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        branches: Mapping[str, BranchLike],
+        rows: Mapping[str, Sequence[int]],
+        orders: Mapping[str, int] | None = None,
+        times: Sequence[float] | None = None,
+    ) -> None:
         unknown = set(rows) - set(branches)
         if unknown:
             raise ValueError(f"rows for {sorted(unknown)}, but the branches are {sorted(branches)}")
@@ -51,6 +62,8 @@ class Oracle:
                 raise ValueError(f"the first step of {site!r} is reused, but nothing is kept before it")
         self.model = model
         self.rows = rows
+        self.orders = orders or {}
+        self.times = times
         self.calls: Counter[str] = Counter()
         self._sites: dict[str, dict[int, str]] = {}
         for site, branch in branches.items():
@@ -58,7 +71,7 @@ class Oracle:
             if branch.call in calls:
                 raise ValueError(f"{site!r} and {calls[branch.call]!r}: the same call of {branch.module!r}")
             calls[branch.call] = site
-        self._kept: dict[tuple[str, int], Any] = {}
+        self._kept: dict[tuple[str, int], list[tuple[float, Any]]] = {}
         self._step: int | None = None
         self._stream = 0
         self._ordinals: Counter[str] = Counter()
@@ -101,14 +114,33 @@ class Oracle:
             site = self._sites[name].get(ordinal)
             if site is None:
                 raise RuntimeError(f"call {ordinal} of {name!r} in one call of the model is no site's")
+            now = float(self._step) if self.times is None else self.times[self._step]
             if site in self.rows and not self.rows[site][self._step]:
-                return _copy(self._kept[site, self._stream])
+                return _polynomial(self._kept[site, self._stream], now)
             self.calls[site] += 1
             output = forward(*args, **kwargs)
-            self._kept[site, self._stream] = _copy(output)
+            before = self._kept.get((site, self._stream), [])
+            self._kept[site, self._stream] = [(now, _copy(output)), *before[: self.orders.get(site, 0)]]
             return output
 
         return cached
+
+
+def _polynomial(kept: list[tuple[float, Any]], now: float) -> Any:
+    """The outputs' polynomial through their times, at ``now``: its weights solved for; the sum in float32."""
+    if len(kept) == 1:
+        return _copy(kept[0][1])
+    times = numpy.array([time for time, _ in kept]) - now
+    weights = numpy.linalg.solve(numpy.vander(times, increasing=True).T, numpy.eye(len(kept))[0])
+
+    def add_up(*values: Any) -> Any:
+        if not isinstance(values[0], Tensor):
+            return values[0]
+        wide = torch.promote_types(values[0].dtype, torch.float32)
+        terms = [value.to(wide) * weight for weight, value in zip(weights.astype("f4").tolist(), values, strict=True)]
+        return sum(terms[1:], terms[0]).to(values[0].dtype)
+
+    return tree_map(add_up, *(output for _, output in kept))
 
 
 def _copy(output: Any) -> Any:

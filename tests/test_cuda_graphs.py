@@ -17,7 +17,7 @@ from capture import Stack, inputs
 from cases import randomize
 from oracle import Oracle
 from smoothcache_fx import Schedule
-from smoothcache_fx.cuda_graphs import may_run_twice, owned, recorded_at_once
+from smoothcache_fx.cuda_graphs import may_run_twice, moved_on, owned, recorded_at_once
 from smoothcache_fx.forward import compiled_forward
 from test_backend import Branch
 
@@ -113,9 +113,25 @@ def test_a_recording_is_made_at_the_first_call_for_each_size():
         arguments.clear()
         return [len(seen)]
 
-    call = recorded_at_once(run, [0])
+    call = recorded_at_once(run, [0], [])
     assert [call([size, "x"]) for size in (4, 4, 5, 4, 5)] == [[2], [3], [5], [6], [7]]
     assert seen == [[4, "x"]] * 3 + [[5, "x"]] * 2 + [[4, "x"], [5, "x"]]
+
+
+def test_a_history_moves_on_once_though_the_graph_runs_twice():
+    def step(x, newest, older):
+        older.copy_(newest)
+        newest.copy_(x)
+        return x * 2
+
+    gm = make_fx(step, tracing_mode="fake")(*torch.randn(3, 2))
+    assert may_run_twice(gm, [1, 2]) and moved_on(gm) == [1]
+    x, newest, older = torch.tensor([[1.0], [2.0], [3.0]])
+    call = recorded_at_once(lambda arguments: [gm(*arguments)], [], moved_on(gm))
+    for values in ([1, 2], [5, 1]):
+        call([x, newest, older])
+        assert [newest.item(), older.item()] == values
+        x = torch.tensor([5.0])
 
 
 def test_every_variant_is_recorded_within_the_first_trajectory(monkeypatch):

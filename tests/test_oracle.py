@@ -161,7 +161,7 @@ def test_a_new_trajectory_keeps_nothing():
             for step in range(2):
                 with oracle.step(step):
                     model(torch.tensor(x))
-                assert oracle._kept["a", 0] == value - 1
+                assert oracle._kept["a", 0] == [(0.0, value - 1)]
 
 
 def test_misuse_of_the_oracle_raises():

@@ -337,7 +337,7 @@ def test_files_are_readable(tmp_path):
     path = tmp_path / "schedule.json"
     Schedule(3, {"attn": row("100"), "ffn": row("101")}, flops={"attn": 2.0, "ffn": 4.5}).save(path)
     data = json.loads(path.read_text())
-    assert data["format"] == "smoothcache_fx.schedule" and data["version"] == 1
+    assert data["format"] == "smoothcache_fx.schedule" and data["version"] == 2
     assert '    "ffn": [1, 0, 1]\n' in path.read_text()
 
 
@@ -351,8 +351,17 @@ def test_files_are_readable(tmp_path):
         ({"steps": "50"}, "steps is '50'"),
         ({"steps": 2.0}, r"steps is 2\.0"),
         ({"steps": True}, "steps is True"),
-        ({"order": 1}, "orders above 0 are not supported yet"),
+        ({"order": 3}, "order is 3, expected 0, 1 or 2"),
         ({"order": -1}, "order is -1"),
+        ({"order": 0.5}, r"order is 0\.5"),
+        ({"order": {"attn": 3}}, "order is 3, expected 0, 1 or 2"),
+        ({"order": {"": 1}}, "a selector is ''"),
+        ({"steps": 2, "times": 1.0}, r"times is 1\.0, expected a number for each of the 2 steps"),
+        ({"steps": 2, "times": [1.0]}, "times has 1 entries, expected one for each of the 2 steps"),
+        ({"steps": 2, "times": [1.0, "0"]}, "times has '0', expected finite numbers"),
+        ({"steps": 2, "times": [1.0, float("inf")]}, "times has inf"),
+        ({"steps": 3, "times": [1.0, 0.0, 0.0]}, "times neither rises nor falls"),
+        ({"steps": 3, "times": [0.0, 2.0, 1.0]}, "times neither rises nor falls"),
         ({"compute": [1, 0]}, "compute is a list, expected a mapping from selector to row"),
         ({"compute": {"": [1]}}, "a selector is ''"),
         ({"compute": {7: [1]}}, "a selector is 7"),
@@ -398,11 +407,12 @@ def test_misuse_of_uniform(arguments, message):
 
 GOOD = {
     "format": "smoothcache_fx.schedule",
-    "version": 1,
+    "version": 2,
     "steps": 2,
     "order": 0,
     "compute": {},
     "flops": None,
+    "times": None,
 }
 
 
@@ -423,7 +433,7 @@ GOOD = {
         ('{"attn": [1, "0"]}', "'[*].attn' has '0' at step 1"),
         ('{"a.b": [1]}', "'a.b': expected the name of a module"),
         ('{"format": "smoothcache_fx.calibration"}', "format 'smoothcache_fx.calibration', expected"),
-        (json.dumps({**GOOD, "version": 2}), "version 2 .*reads up to 1; upgrade"),
+        (json.dumps({**GOOD, "version": 3}), "version 3 .*reads up to 2; upgrade"),
         (json.dumps({**GOOD, "version": "1"}), "version '1'"),
         (json.dumps({**GOOD, "version": True}), "version True"),
         (json.dumps({**GOOD, "version": 0}), "version 0"),
@@ -431,9 +441,13 @@ GOOD = {
             json.dumps({"format": GOOD["format"], "version": 1}),
             r"missing \['compute', 'flops', 'order', 'steps'\]",
         ),
+        (
+            json.dumps({"format": GOOD["format"], "version": 2}),
+            r"missing \['compute', 'flops', 'order', 'steps', 'times'\]",
+        ),
         (json.dumps({**GOOD, "alpha": 1}), r"unknown \['alpha'\]"),
         (json.dumps({**GOOD, "steps": "2"}), "steps is '2'"),
-        (json.dumps({**GOOD, "order": 1}), "orders above 0"),
+        (json.dumps({**GOOD, "order": 3}), "order is 3"),
         (json.dumps({**GOOD, "compute": [[1, 0]]}), "compute is a list"),
         (json.dumps({**GOOD, "compute": {"attn": [1]}}), "'attn' has 1 entries"),
         (json.dumps({**GOOD, "compute": {"attn": {"0": 1}}}), "row of 'attn' is"),
@@ -479,3 +493,38 @@ def test_any_json_loads_or_raises_a_schedule_error(tmp_path_factory, data):
             assert str(path) in str(error)
         else:
             assert schedule.steps >= 1 and all(map(all, (r[:1] for r in schedule.compute.values())))
+
+
+ORDERED = Schedule(3, {"attn": [1, 0, 1], "ffn": [1, 1, 0]}, order={"attn": 2, "*.1.ffn": 1}, times=[1.0, 0.6, 0.1])
+
+
+def test_orders_and_times_are_kept(tmp_path):
+    ORDERED.save(tmp_path / "s.json")
+    loaded = Schedule.load(tmp_path / "s.json")
+    copies = [loaded, pickle.loads(pickle.dumps(ORDERED)), copy.deepcopy(ORDERED), eval(repr(ORDERED))]
+    for same in copies:
+        assert same == ORDERED and hash(same) == hash(ORDERED)
+    assert loaded.times == (1.0, 0.6, 0.1)
+    assert Schedule(3, ORDERED.compute, order=1) != Schedule(3, ORDERED.compute)
+    assert "forecasts of order {'attn': 2, '*.1.ffn': 1}, in its times" in str(ORDERED)
+    assert "forecasts" not in str(Schedule(3, ORDERED.compute))
+
+
+def test_a_file_of_the_first_version_still_loads(tmp_path):
+    data = {key: value for key, value in GOOD.items() if key != "times"}
+    (tmp_path / "old.json").write_text(json.dumps({**data, "version": 1, "compute": {"attn": [1, 0]}}))
+    assert Schedule.load(tmp_path / "old.json") == Schedule(2, {"attn": [1, 0]})
+
+
+def test_the_most_specific_selector_gives_the_order():
+    assert [ORDERED.order_for(site(f"blocks.1.{kind}", kind)) for kind in ("attn", "ffn")] == [2, 1]
+    assert ORDERED.order_for(site("blocks.0.ffn", "ffn")) == 0 and ORDERED.highest_order == 2
+    assert Schedule(2, {}, order=1).order_for(site("a")) == Schedule(2, {}, order=1).highest_order == 1
+    ambiguous = Schedule(2, {}, order={"*.1.ffn": 1, "b*1.ffn": 2})
+    with pytest.raises(ScheduleError, match="different orders"):
+        ambiguous.order_for(site("blocks.1.ffn", "ffn"))
+
+
+def test_an_order_for_nothing_is_an_unused_selector():
+    schedule = Schedule(2, {"attn": [1, 0]}, order={"attn": 1, "*.mlp": 1})
+    assert schedule.unused_selectors([site("blocks.0.attn")]) == ["*.mlp"]

@@ -1,0 +1,86 @@
+"""What a reused branch reads where a schedule has an order: the polynomial through its last computed outputs.
+
+A cache and its history, newest first, hold the last outputs; weights, an input of each step, are the polynomial's at
+that step. In the graph of a variant::
+
+    weight_0 = select(weights, 0, 0);  weight_1 = select(weights, 0, 1)
+    branch = to(add(mul(to(cache_0, float32), weight_0), mul(to(cache_1, float32), weight_1)), bfloat16)
+
+The sum is in float32 (float64 for float64 caches), and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Graph, Node
+
+from .facts import aten, packet
+
+#: Key in the metadata of the nodes that make a forecast.
+FORECAST = "smoothcache_forecast"
+
+
+def forecast(values: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """``sum_i weights[i] * values[i]``: the reference.
+
+    Args:
+        values: tensors of one shape and dtype.
+        weights: float32 [at least as many].
+    """
+    wide = torch.promote_types(values[0].dtype, torch.float32)
+    total = values[0].to(wide) * weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=False):
+        total = total + value.to(wide) * weight
+    return total.to(values[0].dtype)
+
+
+def emit_forecast(graph: Graph, values: Sequence[Node], weights: Node) -> Node:
+    """Nodes that compute ``forecast``, at the graph's insertion point; returns the last."""
+    dtype = values[0].meta["val"].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    total = None
+    for index, value in enumerate(values):
+        weight = _call(graph, aten.select.int, weights, 0, index)
+        term = _call(graph, aten.mul.Tensor, _cast(graph, value, wide), weight)
+        total = term if total is None else _call(graph, aten.add.Tensor, total, term)
+    return _cast(graph, total, dtype)
+
+
+def read_forecast(node: Node) -> tuple[list[Node], Node] | None:
+    """The values and the weights of what ``emit_forecast`` returned; None for any other node."""
+    if FORECAST not in node.meta:
+        return None
+    values: list[Node] = []
+    node = _uncast(node)
+    while packet(node) is aten.add:
+        values.append(node.args[1])
+        node = node.args[0]
+    terms = [node, *reversed(values)]
+    return [_uncast(term.args[0]) for term in terms], terms[0].args[1].args[0]
+
+
+def _call(graph: Graph, target: torch._ops.OpOverload, *args: object) -> Node:
+    node = graph.call_function(target, args)
+    values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
+    fake = next(value for value in values if isinstance(value, torch.Tensor))
+    with fake.fake_mode:
+        node.meta["val"] = target(*values)
+    node.meta[FORECAST] = True
+    return node
+
+
+def _cast(graph: Graph, value: Node, dtype: torch.dtype) -> Node:
+    fake = value.meta["val"]
+    if fake.dtype == dtype:
+        return value
+    node = graph.call_function(aten._to_copy.default, (value,), {"dtype": dtype})
+    with fake.fake_mode:
+        node.meta["val"] = aten._to_copy.default(fake, dtype=dtype)
+    node.meta[FORECAST] = True
+    return node
+
+
+def _uncast(node: Node) -> Node:
+    return node.args[0] if packet(node) is aten._to_copy else node

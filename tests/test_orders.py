@@ -1,0 +1,220 @@
+"""Reads that forecast: trajectories against the oracle's polynomials, and what a cache holds when."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import runpy
+
+import pytest
+import torch
+from smoothcache_fx.passes import check_graph, count_flops, insert_guards, run_guarded, specialize
+from smoothcache_fx.passes.forecast import FORECAST
+from smoothcache_fx.passes.guard import placeholders
+from smoothcache_fx.passes.specialize import variant_inputs
+from torch import nn
+
+import smoothcache_fx as smoothcache
+from capture import Stack, capture, inputs
+from cases import Branch, Case, random_rows, randomize, run_trajectory
+from models import CASES
+from oracle import Oracle
+from smoothcache_fx import Schedule, ScheduleError
+from tolerances import Tolerance, assert_trajectories_close
+
+STEPS = 10
+# What is forecast is what the cache holds: where a norm follows a branch, the norm's output.
+#: Weights are larger than one and of both signs, which enlarges the rounding errors of what they weigh.
+ENLARGED = {"eager": Tolerance(1e-5, 1e-5), "aot_eager": Tolerance(1e-5, 1e-5), "inductor": Tolerance(1e-4, 1e-4)}
+POST_NORM = {"attn": "norm1", "mlp": "norm2"}
+TIMES = tuple(1.0 - (step / STEPS) ** 1.5 for step in range(STEPS))
+
+
+def held(case: Case) -> dict[str, Branch]:
+    if case.name != "post_norm":
+        return dict(case.branches)
+    renamed = {}
+    for name, branch in case.branches.items():
+        parent, _, last = branch.module.rpartition(".")
+        renamed[name] = dataclasses.replace(branch, module=f"{parent}.{POST_NORM[last]}")
+    return renamed
+
+
+def check(case: Case, order: int, backend: str, dtype: torch.dtype = torch.float32, times=None) -> nn.Module:
+    _, rows = random_rows(list(case.branches), STEPS, seed=order)
+    orders = {site: (index + order) % 3 for index, site in enumerate(rows)} if order > 2 else dict.fromkeys(rows, order)
+    schedule = Schedule(STEPS, rows, order=order if order < 3 else orders, times=times)
+    compiled = smoothcache.compile(case.build(0, dtype), schedule, backend=backend)
+    with Oracle(case.build(0, dtype), held(case), rows, orders, times) as oracle:
+        for seed in (1, 2):
+            run = {"steps": STEPS, "seed": seed, "dtype": dtype}
+            expected = run_trajectory(case, oracle.model, around=oracle.step, **run)
+            actual = run_trajectory(case, compiled, **run)
+            assert_trajectories_close(actual, expected, ENLARGED[backend], f"{case.name}, seed {seed}")
+    report = smoothcache.report(compiled)
+    assert not report.forced
+    assert report.variants == len(set(zip(*rows.values(), strict=True))), "weights are inputs: no variant more"
+    return compiled
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_trajectories_equal_the_oracles(case):
+    """Of sites of all orders side by side."""
+    check(case, 3, "eager")
+
+
+@pytest.mark.parametrize("times", [None, TIMES], ids=["steps", "times"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_one_order_for_all(order, times):
+    check(CASES["joint"], order, "eager", times=times)
+
+
+def test_the_order_matters():
+    """Else the tests above would pass without any forecast."""
+    case = CASES["adaln_zero"]
+    rows = {site: [1, 1, 1, 0, 0, 1, 0, 0, 1, 0] for site in case.branches}
+    runs = []
+    for order in (0, 1, 2):
+        compiled = smoothcache.compile(case.build(), Schedule(STEPS, rows, order=order), backend="eager")
+        runs.append(run_trajectory(case, compiled, steps=STEPS, seed=1, dtype=torch.float32)[-1])
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert (runs[one] - runs[other]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_under_other_inner_compilers(backend):
+    check(CASES["adaln_zero"], 2, backend)
+
+
+def test_in_bfloat16_the_sum_is_in_float32():
+    case = CASES["adaln_zero"]
+    compiled = check(case, 2, "eager", torch.bfloat16)
+    (program,) = compiled.forward.session.programs
+    sums = [n for graph in program.builder.graphs.values() for n in graph.graph.nodes if FORECAST in n.meta]
+    assert {node.meta["val"].dtype for node in sums if "mul" in node.name} == {torch.float32}
+
+
+@pytest.fixture
+def guarded():
+    (program,) = capture(randomize(Stack(2), 0).eval(), *inputs())
+    return program, insert_guards(program.builder.captured, program.builder.sites, 2)
+
+
+def test_the_guarded_graph_is_the_variants_reference(guarded):
+    """Caches and outputs of four steps of one variant each, from the same history."""
+    program, graph = guarded
+    check_graph(graph, like=program.builder.captured, stage="guarded")
+    fakes = [node.meta["val"] for node in placeholders(graph.graph)]
+    caches = [
+        torch.randn(fake.shape)
+        for node, fake in zip(placeholders(graph.graph), fakes, strict=True)
+        if "smoothcache_cache" in node.meta
+    ]
+    assert len(caches) == 3 * 4
+    weights = torch.randn(len(caches))
+    values = [torch.randn(fake.shape) for fake in fakes[: len(placeholders(program.builder.captured.graph))]]
+    for mask in ([True, False, True, False], [False] * 4, [True] * 4, [False, True, True, True]):
+        compute = {i for i, computed in enumerate(mask) if computed}
+        variant = specialize(graph, compute, orders=[2] * 4)
+        check_graph(variant, like=program.builder.captured, stage="variant")
+        mine = [cache.clone() for cache in caches]
+        everything = [*values, *mine, weights]
+        (output,) = variant(*(everything[i] for i in variant_inputs(variant)))
+        (expected,) = run_guarded(graph, values, caches, mask, weights)
+        torch.testing.assert_close(output, expected)
+        for one, other in zip(mine, caches, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_lower_order_leaves_nothing_of_the_higher(guarded):
+    program, graph = guarded
+    plain = insert_guards(program.builder.captured, program.builder.sites)
+    for compute in ((), (0, 2), (0, 1, 2, 3)):
+        low, expected = specialize(graph, compute), specialize(plain, compute)
+        assert [str(node.target) for node in low.graph.nodes if node.op == "call_function"] == [
+            str(node.target) for node in expected.graph.nodes if node.op == "call_function"
+        ]
+        assert len(placeholders(low.graph)) == len(placeholders(expected.graph))
+        assert count_flops(specialize(graph, compute, orders=[1] * 4).graph) == count_flops(expected.graph)
+
+
+def steps_of(model, values, count):
+    with torch.no_grad():
+        return [model(*values) for _ in range(count)]
+
+
+ROWS = {"attn": [1, 1, 0, 1, 0, 0], "ffn": [1, 0, 1, 0, 0, 1]}
+
+
+def test_nothing_of_another_trajectory_comes_through():
+    """Not even not-a-number, of which a weight of zero makes not-a-number."""
+    model = smoothcache.compile(randomize(Stack(2), 0).eval(), Schedule(6, ROWS, order=2), backend="eager")
+    x, c = inputs()
+    expected = steps_of(model, (x, c), 6)
+    assert all(output.isnan().any() for output in steps_of(model, (torch.full_like(x, torch.nan), c), 6))
+    for output, before in zip(steps_of(model, (x, c), 6), expected, strict=True):
+        torch.testing.assert_close(output, before, rtol=0, atol=0)
+
+
+def test_what_is_missed_lowers_the_degree():
+    """After a change of shapes half-way: everything is computed once, and the degree begins at 0 again."""
+    model = smoothcache.compile(randomize(Stack(2), 0).eval(), Schedule(6, ROWS, order=2), backend="eager")
+    fresh = copy.deepcopy(smoothcache.remove(model))
+    smoothcache.compile(model, Schedule(6, ROWS, order=2), backend="eager")
+    small, large = inputs(2, 6), inputs(2, 9)
+    steps_of(model, small, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(*large), fresh(*large))
+    repeated = steps_of(model, large, 1)[0]
+    assert "earlier step" in "".join(smoothcache.report(model).forced) or smoothcache.report(model).forced
+    assert not repeated.isnan().any()
+
+
+def test_weights_are_made_once(monkeypatch):
+    model = smoothcache.compile(randomize(Stack(2), 0).eval(), Schedule(6, ROWS, order=2), backend="eager")
+    steps_of(model, inputs(), 6)
+    (program,) = model.forward.session.programs
+    made = []
+    monkeypatch.setattr(program.builder, "weights", lambda values: made.append(values))
+    steps_of(model, inputs(), 12)
+    assert not made
+    (binding,) = program.bindings
+    assert len(binding._weights) == 5, "the steps that reuse something"
+
+
+def test_memory_is_told_before_it_is_taken():
+    model = randomize(Stack(2), 0).eval()
+    schedule = Schedule(6, ROWS, order={"attn": 2, "blocks.1.mlp": 1})
+    predicted = smoothcache.explain(model, *inputs(), schedule=schedule).prediction
+    smoothcache.compile(model, schedule, backend="eager")
+    steps_of(model, inputs(), 6)
+    report = smoothcache.report(model)
+    assert predicted.cache_bytes == report.cache_bytes
+    one = smoothcache.explain(smoothcache.remove(model), *inputs()).sites[0].cache_bytes
+    assert report.cache_bytes == one * (2 * 3 + 1 + 2)
+    assert predicted.variants == report.variants and predicted.mac_ratio == pytest.approx(report.mac_ratio)
+
+
+def test_dumped_graphs_run(tmp_path):
+    model = smoothcache.compile(randomize(Stack(1), 0).eval(), Schedule(6, ROWS, order=1), backend="eager")
+    steps_of(model, inputs(), 6)
+    smoothcache.dump(model, tmp_path)
+    text = (tmp_path / "graph_0" / "guarded.py").read_text()
+    assert "1 outputs older than the newest" in text and "a cache's share in a forecast" in text
+    (program,) = model.forward.session.programs
+    for index, (mask, graph) in enumerate(program.builder.graphs.items()):
+        module = runpy.run_path(str(tmp_path / "graph_0" / f"variant_{index}.py"))["Graph"]()
+        torch.manual_seed(0)
+        values = [torch.randn(node.meta["val"].shape) for node in placeholders(graph.graph)]
+        again = [value.clone() for value in values]
+        torch.testing.assert_close(module(*values), graph(*again), msg=str(mask))
+    assert json.loads((tmp_path / "sites.json").read_text())["graphs"][0]["variants"]
+
+
+def test_an_order_for_nothing_is_refused():
+    model = smoothcache.compile(
+        randomize(Stack(1), 0).eval(), Schedule(6, ROWS, order={"*.nothing": 1}), backend="eager"
+    )
+    with pytest.raises(ScheduleError, match="'[*].nothing', but the model has no such site"):
+        steps_of(model, inputs(), 1)
