@@ -1,5 +1,6 @@
 """SmoothCache for any Diffusion Transformer, as a compiler pass. ``import smoothcache_fx as smoothcache``."""
 
+from . import importers
 from ._version import __version__
 from .calibration import Calibration
 from .comparison import Comparison, compare
@@ -39,6 +40,7 @@ __all__ = [
     "disabled",
     "dump",
     "explain",
+    "importers",
     "remove",
     "report",
     "reset",

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import dataclasses
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import SmoothCacheError
+import torch
+
+from .cli_models import (
+    dtype_named,
+    from_diffusers,
+    made_by,
+    meta_inputs,
+    progress,
+    shape_given,
+    uncallable,
+    value_given,
+)
+from .errors import ScheduleError, SmoothCacheError
+
+if TYPE_CHECKING:
+    from .explain import Explanation
+    from .schedule import Schedule
 
 #: Thresholds of the demo's schedules, which compute about a half to a third of the branches' FLOPs.
 DEMO_ALPHAS = (0.08, 0.12, 0.18)
+PROGRESS = "say every few seconds on stderr which step runs (if that is a terminal)"
 FACTORY = "MODULE:FACTORY, or path/to/file.py:FACTORY: called without arguments, it returns"
 
 
@@ -25,12 +43,12 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = root.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str, example: str) -> Any:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str, *examples: str) -> Any:
         added = commands.add_parser(
             name,
             help=help,
             description=help[0].upper() + help[1:] + ".",
-            epilog=f"example: smoothcache {example}",
+            epilog="\n".join(f"example: smoothcache {example}" for example in examples),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(run=run)
@@ -48,9 +66,39 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--backend", default="inductor", help="inner compiler (inductor)")
     demo.add_argument("--output", type=Path, default=Path("smoothcache-demo"), help="folder for what is written")
 
-    explain = command("explain", _explain, "what can be cached in a model", "explain my_model.py:build --json")
-    explain.add_argument("factory", help=f"{FACTORY} a model in eval mode and its inputs, a tuple or a dict")
+    explain = command(
+        "explain",
+        _explain,
+        "what can be cached in a model, your own or one of diffusers without its weights",
+        "explain my_model.py:build --json",
+        "explain DiTTransformer2DModel --config config.json --dtype bfloat16 --input hidden_states=2x4x32x32 "
+        "--input timestep=2:int64 --input class_labels=2:int64",
+    )
+    explain.add_argument(
+        "factory", help=f"{FACTORY} a model in eval mode and its inputs, a tuple or a dict; or a class of diffusers"
+    )
+    explain.add_argument("--config", type=Path, help="of the class: the config.json beside its weights, or its folder")
+    explain.add_argument(
+        "--input",
+        type=shape_given,
+        action="append",
+        default=[],
+        metavar="NAME=SHAPE[:DTYPE]",
+        help="a tensor for the class's forward, such as hidden_states=1x4096x64 or class_labels=2:int64 (--dtype)",
+    )
+    explain.add_argument(
+        "--value",
+        type=value_given,
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="what is no tensor, such as height=32",
+    )
+    explain.add_argument(
+        "--dtype", type=dtype_named, help="of the class's weights, and of inputs that name none (float32)"
+    )
     explain.add_argument("--schedule", type=Path, help="also predict what this schedule saves")
+    explain.add_argument("--plot", type=Path, help="draw what each step of the schedule costs")
     explain.add_argument("--json", action="store_true", help="for machines")
 
     calibrate = command(
@@ -61,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--lags", type=int, default=3, help="how many steps back to look (3)")
     calibrate.add_argument("--steps", type=int, help="of a trajectory, if the model has no timestep to tell it by")
     calibrate.add_argument("--calls-per-step", type=int, default=1, help="of a bare model (1)")
+    calibrate.add_argument("--progress", action=argparse.BooleanOptionalAction, help=PROGRESS)
 
     schedule = command(
         "schedule", _schedule, "make a schedule", "schedule calibration.json --alpha 0.18 -o schedule.json"
@@ -71,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     rule.add_argument("--compute", type=float, help="the largest share of the branches' FLOPs to compute")
     rule.add_argument("--interval", type=int, help="compute every so many steps (FORA); needs --steps")
     schedule.add_argument("--steps", type=int, help="for --interval")
+    schedule.add_argument("--order", type=int, default=0, help="of the forecasts that reused branches read (0)")
     schedule.add_argument("-o", "--output", type=Path, help="the schedule file")
     schedule.add_argument("--json", action="store_true", help="for machines")
 
@@ -79,14 +129,34 @@ def parser() -> argparse.ArgumentParser:
         _convert,
         "read a schedule file, also a published one, and write ours",
         "convert theirs.json ours.json",
+        "convert DDIM50_router.pt ours.json --names 'transformer_blocks.{block}.attn1' 'transformer_blocks.{block}.ff'",
     )
-    convert.add_argument("source", type=Path, help="ours, or one that dit-smoothcache publishes")
+    convert.add_argument(
+        "source", type=Path, help="ours, one that dit-smoothcache publishes, or a router of Learning-to-Cache (.pt)"
+    )
     convert.add_argument("target", type=Path)
+    convert.add_argument("--threshold", type=float, help="of a router's scores: branches above it are computed (0.1)")
+    convert.add_argument(
+        "--names",
+        nargs=2,
+        metavar=("ATTN", "FFN"),
+        help="what a router's branches are called in your model, with {block} for the block's index "
+        "(*.{block}.attn *.{block}.mlp)",
+    )
 
-    plot = command("plot", _plot, "draw calibration errors or schedules", "plot calibration.json -o errors.png")
+    plot = command(
+        "plot",
+        _plot,
+        "draw calibration errors or schedules",
+        "plot calibration.json -o errors.png",
+        "plot calibration.json --sites -o sites.png",
+        "plot ours.json theirs.json -o schedules.png",
+    )
     plot.add_argument("files", type=Path, nargs="+", help="one calibration file, or schedule files")
     plot.add_argument("-o", "--output", type=Path, required=True, help="such as errors.png or errors.svg")
     plot.add_argument("--alphas", type=float, nargs="+", default=(), help="thresholds to mark")
+    plot.add_argument("--sites", action="store_true", help="of a calibration: a heat map by site and step")
+    plot.add_argument("--lag", type=int, default=1, help="of --sites: how many steps back (1)")
 
     compare = command(
         "compare",
@@ -100,6 +170,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--mode", help="as for torch.compile")
     compare.add_argument("--rounds", type=int, default=1, help="timed rounds (1)")
     compare.add_argument("--calls-per-step", type=int, default=1, help="of a bare model (1)")
+    compare.add_argument("--progress", action=argparse.BooleanOptionalAction, help=PROGRESS)
     compare.add_argument("--plot", type=Path, help="draw the frontier")
     compare.add_argument("--json", action="store_true", help="for machines")
 
@@ -120,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 1 after an error that was told."""
+    """Run a command; returns the exit code: 0, or 1 after an error that was told. Wrong usage exits with 2."""
     options = parser().parse_args(arguments)
     try:
         return options.run(options) or 0
@@ -148,27 +219,62 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from .explain import explain
     from .schedule import Schedule
 
-    model, inputs = _made_by(options.factory, "a model and its inputs")
+    if options.plot and not options.schedule:
+        raise ValueError("--plot draws what each step of a schedule costs: give --schedule too")
     schedule = None if options.schedule is None else Schedule.load(options.schedule)
-    if isinstance(inputs, Mapping):
-        found = explain(model, schedule=schedule, **inputs)
-    elif isinstance(inputs, (tuple, list)):
-        found = explain(model, *inputs, schedule=schedule)
+    if options.factory.isidentifier():
+        found = _explain_class(options, schedule)
     else:
-        raise TypeError(f"{options.factory} gave {type(inputs).__name__} as inputs, expected a tuple or a dict")
+        found = _explain_made(options, schedule)
+    if options.plot:
+        found.prediction.plot(options.plot)
     _show(found, options.json)
+
+
+def _explain_made(options: argparse.Namespace, schedule: Schedule | None) -> Explanation:
+    """What a factory of the user's makes."""
+    if options.config or options.input or options.value or options.dtype:
+        raise ValueError(f"--config, --input, --value and --dtype are for a class of diffusers, not {options.factory}")
+    from .explain import explain
+
+    model, inputs = made_by(options.factory, "a model and its inputs")
+    if isinstance(inputs, Mapping):
+        return explain(model, schedule=schedule, **inputs)
+    if isinstance(inputs, (tuple, list)):
+        return explain(model, *inputs, schedule=schedule)
+    raise TypeError(f"{options.factory} gave {type(inputs).__name__} as inputs, expected a tuple or a dict")
+
+
+def _explain_class(options: argparse.Namespace, schedule: Schedule | None) -> Explanation:
+    """A class of diffusers, without weights: nothing is computed."""
+    from .explain import explain
+
+    dtype = options.dtype or torch.float32
+    model = from_diffusers(options.factory, options.config, dtype)
+    inputs = meta_inputs(model, dict(options.input), dict(options.value), dtype)
+    try:
+        return explain(model, schedule=schedule, **inputs)
+    except SmoothCacheError:
+        raise
+    except Exception as error:  # most likely the inputs: forward's own defaults are None for much that it needs
+        raise uncallable(model, inputs, error) from error
 
 
 def _calibrate(options: argparse.Namespace) -> None:
     from .recording import calibrate
 
-    model, sample = _made_by(options.factory, "a model or pipeline and a function")
-    calibration = calibrate(
-        model, sample, lags=options.lags, steps=options.steps, calls_per_step=options.calls_per_step
-    )
+    model, sample = made_by(options.factory, "a model or pipeline and a function")
+    with progress(model, options.progress):
+        calibration = calibrate(
+            model,
+            sample,
+            lags=options.lags,
+            steps=options.steps,
+            calls_per_step=options.calls_per_step,
+            progress=False,
+        )
     calibration.save(options.output)
     print(calibration)
 
@@ -186,28 +292,53 @@ def _schedule(options: argparse.Namespace) -> None:
     else:
         calibration = Calibration.load(options.calibration)
         schedule = calibration.schedule(alpha=options.alpha, compute=options.compute)
+    schedule = dataclasses.replace(schedule, order=options.order)
     if options.output is not None:
         schedule.save(options.output)
     if options.json:
-        print(json.dumps({"steps": schedule.steps, "compute": {k: list(v) for k, v in schedule.compute.items()}}))
+        rows = {selector: list(row) for selector, row in schedule.compute.items()}
+        print(json.dumps({"steps": schedule.steps, "order": schedule.order, "compute": rows}))
     else:
         print(schedule)
 
 
 def _convert(options: argparse.Namespace) -> None:
+    from .importers import learning_to_cache
     from .schedule import Schedule
 
-    schedule = Schedule.load(options.source)
+    given = {"threshold": options.threshold, "names": options.names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if _is_router(options.source):
+        schedule = learning_to_cache(options.source, **given)
+    elif given:
+        raise ScheduleError(
+            f"--{' and --'.join(given)} {'is' if len(given) == 1 else 'are'} for a router of Learning-to-Cache, a .pt "
+            f"file that torch.save wrote, which {options.source} is not"
+        )
+    else:
+        schedule = Schedule.load(options.source)
     schedule.save(options.target)
     print(schedule)
 
 
+def _is_router(path: Path) -> bool:
+    """Whether torch.save wrote it, by its name or its first bytes."""
+    if path.suffix in (".pt", ".pth"):
+        return True
+    return path.is_file() and zipfile.is_zipfile(path)
+
+
 def _plot(options: argparse.Namespace) -> None:
     from .calibration import FORMAT, Calibration
-    from .plots import plot_errors, plot_schedules
+    from .plots import plot_errors, plot_schedules, plot_site_errors
     from .schedule import Schedule
 
-    if len(options.files) == 1 and _format_of(options.files[0]) == FORMAT:
+    calibrated = len(options.files) == 1 and _format_of(options.files[0]) == FORMAT
+    if options.sites and not calibrated:
+        raise ValueError("--sites draws one calibration file, which smoothcache calibrate makes")
+    if options.sites:
+        plot_site_errors(Calibration.load(options.files[0]), options.output, lag=options.lag)
+    elif calibrated:
         plot_errors(Calibration.load(options.files[0]), options.output, alphas=tuple(options.alphas))
     else:
         plot_schedules({path.stem: Schedule.load(path) for path in options.files}, options.output)
@@ -227,16 +358,18 @@ def _compare(options: argparse.Namespace) -> None:
     from .comparison import compare
     from .schedule import Schedule
 
-    model, sample = _made_by(options.factory, "a model or pipeline and a function")
-    found = compare(
-        model,
-        {path.stem: Schedule.load(path) for path in options.schedules},
-        sample,
-        rounds=options.rounds,
-        calls_per_step=options.calls_per_step,
-        backend=options.backend,
-        mode=options.mode,
-    )
+    model, sample = made_by(options.factory, "a model or pipeline and a function")
+    schedules = {path.stem: Schedule.load(path) for path in options.schedules}
+    with progress(model, options.progress, schedules):
+        found = compare(
+            model,
+            schedules,
+            sample,
+            rounds=options.rounds,
+            calls_per_step=options.calls_per_step,
+            backend=options.backend,
+            mode=options.mode,
+        )
     if options.plot is not None:
         found.plot(options.plot)
     _show(found, options.json)
@@ -266,25 +399,3 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _show(found: Any, as_json: bool) -> None:
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
-
-
-def _made_by(factory: str, expected: str) -> tuple[Any, Any]:
-    """The two things that the factory returns."""
-    place, separator, name = factory.rpartition(":")
-    if not separator or not place or not name:
-        raise ValueError(f"got {factory!r}, expected MODULE:FACTORY or path/to/file.py:FACTORY")
-    if place.endswith(".py"):
-        path = Path(place).resolve()
-        if not path.exists():
-            raise ValueError(f"there is no file {place}")
-        sys.path.insert(0, str(path.parent))
-        place = path.stem
-    else:
-        sys.path.insert(0, os.getcwd())
-    function = getattr(importlib.import_module(place), name, None)
-    if not callable(function):
-        raise TypeError(f"{place} has no function called {name!r}")
-    made = function()
-    if not isinstance(made, tuple) or len(made) != 2:
-        raise ValueError(f"{factory} returned {type(made).__name__}, expected a tuple of two: {expected}")
-    return made

@@ -88,12 +88,19 @@ def draw(dot: Path) -> Path | None:
 
 
 def _boxes(gm: GraphModule, sites: Sequence[Site]) -> dict[Node, tuple[str, str]]:
-    """Which box each node is in, as kind and name; parameters and decisions are in none."""
+    """Which box each node is in, as kind and name; parameters and decisions are in none.
+
+    What is the model's own and no module's is in two or three boxes: one alone would lie at both ends of all else.
+    """
     branches = {node.name: str(index) for index, site in enumerate(sites) for node in _until_output(site)}
     # What lies between a branch's output and the add, views and gate, is drawn as part of the add.
     adds = {n.name: str(i) for i, s in enumerate(sites) for n in (*s.region, *s.adds) if n.name not in branches}
     boxes = {}
+    ahead, place = set(adds) & {node.name for node in gm.graph.nodes}, "before all sites"
     for node in gm.graph.nodes:
+        if node.name in ahead:
+            ahead.remove(node.name)
+            place = "between sites" if ahead else "after all sites"
         if WEIGHT in node.meta or DECISION in node.meta or node.op == "get_attr":
             continue
         if CACHE in node.meta:
@@ -111,7 +118,8 @@ def _boxes(gm: GraphModule, sites: Sequence[Site]) -> dict[Node, tuple[str, str]
         elif node.name in adds:
             boxes[node] = ("add", adds[node.name])
         else:
-            boxes[node] = ("module", ".".join(module_path(node).split(".")[:DEPTH]))
+            path = ".".join(module_path(node).split(".")[:DEPTH])
+            boxes[node] = ("module", path or f"the model,\n{place}")
     return boxes
 
 
@@ -141,7 +149,7 @@ def _label(box: tuple[str, str], nodes: Sequence[Node], names: Sequence[str]) ->
     if kind == "add":
         return "+"
     if kind == "module":
-        return f"{name or 'the model'}\n{len(nodes)} nodes"
+        return f"{name}\n{len(nodes)} nodes"
     return name.partition(" ")[0]
 
 
