@@ -18,8 +18,9 @@ from torch.fx import Graph, Node
 
 from .facts import aten, packet
 
-#: Key in the metadata of the nodes that make a forecast.
+#: Key in the metadata of the nodes that make a forecast, and its value on the last of them.
 FORECAST = "smoothcache_forecast"
+WHOLE = "whole"
 
 
 def forecast(values: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
@@ -45,12 +46,14 @@ def emit_forecast(graph: Graph, values: Sequence[Node], weights: Node) -> Node:
         weight = _call(graph, aten.select.int, weights, 0, index)
         term = _call(graph, aten.mul.Tensor, _cast(graph, value, wide), weight)
         total = term if total is None else _call(graph, aten.add.Tensor, total, term)
-    return _cast(graph, total, dtype)
+    result = _cast(graph, total, dtype)
+    result.meta[FORECAST] = WHOLE
+    return result
 
 
 def read_forecast(node: Node) -> tuple[list[Node], Node] | None:
     """The values and the weights of what ``emit_forecast`` returned; None for any other node."""
-    if FORECAST not in node.meta:
+    if node.meta.get(FORECAST) != WHOLE:
         return None
     values: list[Node] = []
     node = _uncast(node)
@@ -67,7 +70,7 @@ def _call(graph: Graph, target: torch._ops.OpOverload, *args: object) -> Node:
     fake = next(value for value in values if isinstance(value, torch.Tensor))
     with fake.fake_mode:
         node.meta["val"] = target(*values)
-    node.meta[FORECAST] = True
+    node.meta[FORECAST] = "part"
     return node
 
 
@@ -78,7 +81,7 @@ def _cast(graph: Graph, value: Node, dtype: torch.dtype) -> Node:
     node = graph.call_function(aten._to_copy.default, (value,), {"dtype": dtype})
     with fake.fake_mode:
         node.meta["val"] = aten._to_copy.default(fake, dtype=dtype)
-    node.meta[FORECAST] = True
+    node.meta[FORECAST] = "part"
     return node
 
 

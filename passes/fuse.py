@@ -11,6 +11,8 @@ After::
     a = residual_store(x, gate_0, attn, cache_0)
     c = residual_accumulate(a, [gate_1, None], [cache_1, cache_2])
 
+A forecast (``passes/forecast.py``) that is gated and added becomes ``residual_forecast(x, gate, caches, weights)``.
+
 An inner compiler that fuses pointwise work by itself needs none of this (``should_fuse``).
 """
 
@@ -23,10 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..kernels import residual_accumulate, residual_load, residual_store  # noqa: F401 - registers the ops
+from ..kernels import residual_accumulate, residual_forecast, residual_load, residual_store  # noqa: F401 - registers
 from ..kernels.operands import DTYPES
 from .branches import addends
 from .facts import aten, is_product, packet, tensor_value
+from .forecast import FORECAST, read_forecast
 from .guard import CACHE, copy_graph, with_graph
 from .specialize import remove_dead_code
 
@@ -41,7 +44,10 @@ VIEWS = frozenset(
 
 @dataclass(frozen=True)
 class Term:
-    """A summand ``gate * branch``: ``views`` lead from ``value``, the cache or what is stored in it, to ``branch``."""
+    """A summand ``gate * branch``: ``views`` lead from ``value`` to ``branch``.
+
+    ``value`` is a cache, what is stored in one, or a forecast from several.
+    """
 
     gate: Node | None
     branch: Node
@@ -62,13 +68,17 @@ def fuse(variant: GraphModule) -> GraphModule:
     """A copy of a variant with its residual adds lowered, wherever ``can_fuse`` says that it is the same sum."""
     graph, _ = copy_graph(variant)
     loads: list[Load] = []
-    counts = {"stored": 0, "loaded": 0, "accumulated": 0}
-    for node in list(graph.nodes):
+    counts = {"stored": 0, "loaded": 0, "accumulated": 0, "forecast": 0}
+    for node in [node for node in graph.nodes if FORECAST not in node.meta]:
         for x, term in _sums(node):
             if not can_fuse(node, x, term):
                 continue
             if CACHE in term.value.meta:
                 loads.append(Load(node, x, term))
+                break
+            if read_forecast(term.value):
+                _lower_forecast(graph, node, x, term)
+                counts["forecast"] += 1
                 break
             if (copy := _store_of(term.value)) is not None:
                 _lower_store(graph, node, x, term, copy)
@@ -130,9 +140,9 @@ def _products(node: Node) -> list[tuple[Node, Node]]:
 
 
 def _term(gate: Node | None, branch: Node) -> Term:
-    """Follow views, which only this branch uses, back to a cache or to what is stored in one."""
+    """Follow views, which only this branch uses, back to a cache, a forecast or what is stored in a cache."""
     value, views = branch, []
-    while CACHE not in value.meta and _store_of(value) is None and packet(value) in VIEWS:
+    while not {CACHE, FORECAST} & value.meta.keys() and _store_of(value) is None and packet(value) in VIEWS:
         views.append(value)
         value = value.args[0]
     return Term(gate, branch, value, tuple(reversed(views)))
@@ -152,6 +162,21 @@ def _lower_store(graph: Graph, add: Node, x: Node, term: Term, copy: Node) -> No
     add.replace_all_uses_with(node)
     graph.erase_node(add)
     graph.erase_node(copy)
+
+
+def _lower_forecast(graph: Graph, add: Node, x: Node, term: Term) -> None:
+    """The kernel reads each cache as the branch is looked at: through the same views."""
+    values, weights = read_forecast(term.value)
+    with graph.inserting_before(add):
+        seen = [_again(graph, term.views, value) for value in values]
+        weight = weights.meta["val"]
+        if len(values) < len(weight):
+            weights = graph.call_function(aten.slice.Tensor, (weights, 0, 0, len(values)))
+            weights.meta = {"val": weight[: len(values)]}
+        node = graph.call_function(ops.residual_forecast.default, (x, term.gate, seen, weights))
+    node.meta = dict(add.meta)
+    add.replace_all_uses_with(node)
+    graph.erase_node(add)
 
 
 def _again(graph: Graph, views: Sequence[Node], base: Node) -> Node:

@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from smoothcache_fx.passes import check_graph, fuse, should_fuse, specialize
+from smoothcache_fx.passes import check_graph, fuse, insert_guards, should_fuse, specialize
 from smoothcache_fx.passes.facts import packet
+from smoothcache_fx.passes.forecast import FORECAST
 from smoothcache_fx.passes.guard import CACHE, placeholders
 from torch import Tensor, nn
 
@@ -23,7 +24,13 @@ from structures import AddcmulBlock
 from tolerances import FUSED_KERNELS, SAME_KERNELS, assert_as_exact, assert_trajectories_close
 
 ops = torch.ops.smoothcache
-KERNELS = (ops.residual_store, ops.residual_load, ops.residual_accumulate, ops.residual_norm)
+KERNELS = (
+    ops.residual_store,
+    ops.residual_load,
+    ops.residual_accumulate,
+    ops.residual_forecast,
+    ops.residual_norm,
+)
 
 
 def variant_of(model: nn.Module, mask: tuple[bool, ...], *args: Tensor):
@@ -79,6 +86,24 @@ def test_a_computed_branch_that_nothing_stores_is_left_alone():
     fused = fuse(variant)
     assert kernels(fused) == {"residual_store": 1}
     check_equal(variant, fused)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forecasts_of_both_orders(order, dtype):
+    """Of a graph made for order 2: two reused branches, one of them a line, and one that stores its history on."""
+    model = Stack().eval().to(dtype)
+    (program,) = capture(model, *(value.to(dtype) for value in inputs()))
+    guarded = insert_guards(program.builder.captured, program.builder.sites, 2)
+    variant = specialize(guarded, {0}, orders=[2, order, 1, 0])
+    fused = check_graph(fuse(variant), like=program.builder.captured, stage="variant")
+    assert kernels(fused) == {"residual_store": 1, "residual_forecast": 2, "residual_load": 1}
+    assert not [node for node in fused.graph.nodes if FORECAST in node.meta]
+    if dtype is torch.float32:
+        check_equal(variant, fused)
+    else:  # one rounding less
+        for expected, actual in zip(variant(*values_of(variant)), fused(*values_of(fused)), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.1)
 
 
 def test_two_streams_have_a_run_each():
@@ -174,3 +199,18 @@ def test_trajectories_are_the_oracles(name, dtype, norms, monkeypatch):
         assert_as_exact(actual, expected, exact, name)
     (program,) = model.forward.session.programs
     assert any(kernels(graph) for graph in program.builder.graphs.values())
+
+
+def test_trajectories_with_forecasts_are_the_oracles(monkeypatch):
+    monkeypatch.setattr(build, "should_fuse", lambda graph, fuses_by_itself: True)
+    case, steps = CASES["joint"], 8
+    _, rows = random_rows(list(case.branches), steps, seed=3)
+    orders = {site: index % 3 for index, site in enumerate(rows)}
+    model = smoothcache.compile(case.build(), smoothcache.Schedule(steps, rows, order=orders), backend="eager")
+    run = {"steps": steps, "seed": 1, "dtype": torch.float32}
+    actual = run_trajectory(case, model, **run)
+    with Oracle(case.build(), case.branches, rows, orders) as oracle:
+        expected = run_trajectory(case, oracle.model, around=oracle.step, **run)
+    assert_trajectories_close(actual, expected, FUSED_KERNELS[torch.float32], repr(orders))
+    (program,) = model.forward.session.programs
+    assert sum(kernels(graph).get("residual_forecast", 0) for graph in program.builder.graphs.values())
