@@ -17,14 +17,21 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-x")
-KERNELS = ("residual_store", "residual_load", "residual_accumulate", "residual_norm", "relative_l1")
+KERNELS = (
+    "residual_store",
+    "residual_load",
+    "residual_accumulate",
+    "residual_forecast",
+    "residual_norm",
+    "relative_l1",
+)
 XL = ("--depth", "28", "--width", "1152")
 
 
 def steps() -> list[tuple[str, list[str], int]]:
     """Name, command and limit in seconds of each step, the most wanted first."""
     found = [("kernel tests", [*PYTEST, "tests/kernels", "-k", "not interpreter and not ahead_of_time"], 110)]
-    found += [(f"kernel {name}", [f"bench/kernels/{name}.py", "--write"], 40) for name in KERNELS]
+    found += [(f"kernel {name}", [f"bench/kernels/{name}.py", "--write"], 35) for name in KERNELS]
     found.append(("cuda graphs", [*PYTEST, "tests/test_cuda_graphs.py", "-m", "gpu"], 90))
     found.append(("end to end", ["bench/end_to_end.py", "--images", "32", "--no-autotune", "--write"], 360))
     found.append(("efficiency", ["bench/efficiency.py", *XL, "--batch", "64", "--write"], 90))
@@ -34,7 +41,7 @@ def steps() -> list[tuple[str, list[str], int]]:
     found.append(("compile time", ["bench/compile_time.py", *XL, "--rounds", "1", "--write"], 120))
     if sanitizer := shutil.which("compute-sanitizer"):
         tests = [f"tests/kernels/test_{name}.py" for name in ("residual_store", "residual_accumulate")]
-        found.append(("compute-sanitizer", [sanitizer, "--error-exitcode", "9", *PYTEST, *tests], 90))
+        found.append(("compute-sanitizer", [sanitizer, "--error-exitcode", "9", *PYTEST, *tests], 80))
     return [(name, [sys.executable, *cmd] if cmd[0].endswith(".py") else cmd, limit) for name, cmd, limit in found]
 
 
