@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _torch
 from ..calibration import Calibration
 from ..compiler import compile
-from ..plots import new_figure, plot_errors, plot_schedules
+from ..plots import new_figure, plot_errors, plot_schedules, plot_site_errors
 from ..recording import calibrate
 from ..report import report
 from ..schedule import Schedule
@@ -254,7 +254,10 @@ def _pictures(
     schedules: dict[float, Schedule],
 ) -> None:
     plot_errors(calibration, output / "errors.png", alphas=tuple(schedules))
-    plot_schedules({f"alpha {alpha:g}": schedule for alpha, schedule in schedules.items()}, output / "schedules.png")
+    plot_site_errors(calibration, output / "sites.png")
+    named = {f"alpha {alpha:g}": schedule for alpha, schedule in schedules.items()}
+    fora = Schedule.uniform(calibration.steps, 3, kinds=("attn", "ffn"))
+    plot_schedules(named | {"FORA, every 3rd": fora}, output / "schedules.png")
     shown = [c for c in configurations if c.name != EAGER]
     plot_samples({c.name: c.images[0][:20] for c in shown}, output / "samples.png")
 

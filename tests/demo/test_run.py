@@ -32,7 +32,7 @@ def test_the_demo_writes_what_it_measured(tmp_path, capsys):
     assert rows["eager"]["accuracy"] is None, "sampled for its time alone"
     assert {"eager", "torch.compile", "alpha 0.2", "alpha 0.6"} < set(rows), "and fewer steps beside them"
     assert results["real_versus_real_frechet_distance"] > 0
-    for name in ("samples.png", "errors.png", "schedules.png"):
+    for name in ("samples.png", "errors.png", "sites.png", "schedules.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert (folder / "table.txt").read_text() in printed + "\n"
 
