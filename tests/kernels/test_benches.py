@@ -34,7 +34,14 @@ def bench(op: str) -> ModuleType:
 
 
 def test_each_kernel_has_a_bench():
-    assert OPS == ["relative_l1", "residual_accumulate", "residual_load", "residual_norm", "residual_store"]
+    assert OPS == [
+        "relative_l1",
+        "residual_accumulate",
+        "residual_forecast",
+        "residual_load",
+        "residual_norm",
+        "residual_store",
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -119,6 +126,7 @@ def least_bytes(op: str, batch: int, tokens: int, width: int) -> int:
         "residual_store": (4, 1),
         "residual_load": (3, 1),
         "residual_accumulate": (2 + 12, 12),
+        "residual_forecast": (2 + 3, 1),
         "residual_norm": (5, 3),
         "relative_l1": (4, 0),
     }[op]

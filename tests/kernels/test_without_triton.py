@@ -16,6 +16,7 @@ out = kernels.residual_store(x, None, y, cache)
 assert torch.equal(out, x + y) and torch.equal(cache, y)
 assert torch.equal(kernels.residual_load(x, None, cache), out)
 assert torch.equal(kernels.residual_accumulate(x, [None], [cache]), out)
+assert torch.equal(kernels.residual_forecast(x, None, [cache, y], torch.tensor([1.0, 0.0])), out)
 assert torch.equal(kernels.residual_norm(x, None, y, None, None, None, None, None, 1e-6)[0], out)
 assert kernels.relative_l1(x, [y]).shape == (2,)
 """
