@@ -157,7 +157,11 @@ class Calibration:
         return Calibration(self.steps, self.lags, sites, history_bytes, metadata)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write everything as JSON, one line per site; `load` gives an equal calibration back."""
+        """Write everything as JSON, one line per site; `load` gives an equal calibration back.
+
+        Raises:
+            CalibrationError: if the metadata holds what JSON cannot.
+        """
         try:
             metadata = json.dumps(self.metadata, allow_nan=False)
         except (TypeError, ValueError) as reason:

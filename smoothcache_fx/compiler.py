@@ -57,7 +57,8 @@ def compile(
 
     Raises:
         CompiledError: it is compiled already.
-        TypeError: it is neither a module nor a pipeline with a denoiser.
+        TypeError: it is neither a module nor a pipeline with a denoiser, or the schedule is no ``Schedule``.
+        ValueError: ``calls_per_step`` is not positive, or is given for a pipeline.
         ScheduleError: at the first call, where the schedule selects sites that the model does not have.
         NoSitesError: at the first call, where the model has no residual branch.
         StepError: at a call, where the sampler takes another number of steps than the schedule has; of a pipeline

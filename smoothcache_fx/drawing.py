@@ -145,12 +145,16 @@ def _owners(gm: GraphModule, sites: Sequence[Site]) -> dict[str, int]:
 def _label(box: tuple[str, str], nodes: Sequence[Node], names: Sequence[str]) -> str:
     kind, name = box
     if kind == "branch":
-        return f"{names[int(name)]}\n{len(nodes)} nodes"
+        return f"{names[int(name)]}\n{_count(nodes)}"
     if kind == "add":
         return "+"
     if kind == "module":
-        return f"{name}\n{len(nodes)} nodes"
+        return f"{name}\n{_count(nodes)}"
     return name.partition(" ")[0]
+
+
+def _count(nodes: Sequence[Node]) -> str:
+    return f"{len(nodes)} node{'s' if len(nodes) != 1 else ''}"
 
 
 def _quoted(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class SmoothCacheError(ValueError):
-    """Base of every error below; catch it to catch them all."""
+    """Base of all errors of this package; catch it to catch them all."""
 
 
 class ScheduleError(SmoothCacheError):

@@ -160,6 +160,7 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
         schedule: also predict what it costs and saves.
 
     Raises:
+        TypeError: the model is no module.
         NoSitesError: the model has no residual branch; says what was looked at.
         CompiledError: the model is in training mode, or an input requires gradients.
         ScheduleError: two selectors of the schedule contradict each other.

@@ -69,7 +69,11 @@ def plot_errors(calibration: Calibration, path: str | PathLike[str], *, alphas: 
 
 
 def plot_site_errors(calibration: Calibration, path: str | PathLike[str], *, lag: int = 1) -> None:
-    """Draw a heat map per group: the mean error of using the output of ``lag`` steps ago, by site and step."""
+    """Draw a heat map per group: the mean error of using the output of ``lag`` steps ago, by site and step.
+
+    Raises:
+        ValueError: the calibration has no such lag.
+    """
     if not 1 <= lag <= calibration.lags:
         raise ValueError(f"lag is {lag}, but the calibration has lags 1 to {calibration.lags}")
     groups = calibration.groups
@@ -103,7 +107,11 @@ def plot_costs(costs: Sequence[float], path: str | PathLike[str], *, label: str)
 
 
 def plot_schedules(schedules: Mapping[str, Schedule], path: str | PathLike[str]) -> None:
-    """Draw schedules above each other, a row per selector: dark where computed, light where reused."""
+    """Draw schedules above each other, a row per selector: dark where computed, light where reused.
+
+    Raises:
+        ValueError: no schedule selects anything.
+    """
     rows = [
         (f"{name}\n{selector}", row)
         for name, schedule in schedules.items()
@@ -133,6 +141,9 @@ def plot_frontier(points: Sequence[tuple[str, float, float, float]], path: str |
     """Draw PSNR in dB over measured speed-up and over MAC ratio; a point is name, speed-up, MAC ratio and PSNR.
 
     Points with an infinite PSNR (nothing is reused) cannot be drawn and are left out.
+
+    Raises:
+        ValueError: no point is left.
     """
     finite = [point for point in points if np.isfinite(point[3])]
     if not finite:

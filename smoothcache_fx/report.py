@@ -73,7 +73,11 @@ class Report(Printable):
     step_seconds: dict[int, float] = field(default_factory=dict)
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw what a call takes at each step. Needs matplotlib (the extra ``plot``), and ``timed`` to have run."""
+        """Draw what a call takes at each step. Needs matplotlib (the extra ``plot``).
+
+        Raises:
+            CompiledError: nothing was timed.
+        """
         if not self.step_seconds:
             raise CompiledError("nothing was timed: sample inside of `with smoothcache.timed(model):` first")
         steps = range(max(self.step_seconds) + 1)

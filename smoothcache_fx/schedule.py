@@ -130,6 +130,9 @@ class Schedule:
         """FORA (arXiv 2407.01425): sites of `kinds` are computed at the steps that `interval` divides.
 
         The last step is computed only if it is one of those, as in the paper.
+
+        Raises:
+            ScheduleError: if steps or interval is below 1, or a kind is unknown.
         """
         steps = whole_number(steps, "steps", least=1)
         interval = whole_number(interval, "interval", least=1)

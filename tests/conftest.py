@@ -1,4 +1,4 @@
-"""What every test starts from: few threads, fixed seeds, and no graphs of an earlier test."""
+"""What every test starts from: one thread, fixed seeds, and no graphs of an earlier test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # it does, which takes time and fills the report of a failure with thousands of lines.
 logging.getLogger("torch.__trace").propagate = True
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)  # the models are tiny: a second thread waits for the first, and longer where others run
 
 
 @pytest.fixture(autouse=True)

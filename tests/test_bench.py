@@ -92,6 +92,16 @@ def test_what_is_used_of_torch_cuda_exists():
                 assert hasattr(torch.cuda, name), f"{path} uses torch.cuda.{name}"
 
 
+def test_the_frontier_of_quality(monkeypatch, capsys):
+    """Lines through the last outputs are nearer to the uncached sample than the outputs, at the same arithmetic."""
+    run_script("quality", "--samples 2 --converged 60 --shares 0.3 --intervals 4 --backend eager", monkeypatch)
+    rows = re.findall(r"^(.+?)  +([\d.]+)  +([\d.]+) \(", capsys.readouterr().out, re.MULTILINE)
+    found = {method: float(decibels) for method, _, decibels in rows}
+    assert {"fewer steps", "alpha", "every n-th step"} <= found.keys()
+    assert found["every n-th step, order 1"] > found["every n-th step"] + 6
+    assert found["every n-th step, order 2"] > found["every n-th step"] + 6
+
+
 def test_everything_that_needs_a_gpu_takes_twenty_minutes_at_most(monkeypatch):
     gpu = runpy.run_path(str(BENCH / "gpu.py"))
     monkeypatch.setattr(gpu["shutil"], "which", lambda name: name)
