@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._effects import Effects
 from ._files import check_header, read_object
+from ._plans import optimal_rows, predicted_error
 from ._rows import scalar, whole_number
 from ._solve import alpha_for, scan
 from ._statistics import Moments, combine, half_width
@@ -22,10 +25,13 @@ from .site_errors import SiteErrors
 __all__ = ["Calibration", "SiteErrors"]
 
 FORMAT = "smoothcache_fx.calibration"
-VERSION = 1
+VERSION = 2
+
+#: Stands for all groups together, where sensitivities are by group.
+ALL = "*"
 
 
-@dataclass
+@dataclass(eq=False)
 class Calibration:
     """The errors of all sites of a model over whole trajectories; `calibrate` makes it.
 
@@ -35,6 +41,9 @@ class Calibration:
         sites: one `SiteErrors` for each site, with arrays of shape [lags, steps].
         history_bytes: memory that the kept outputs took while calibrating.
         metadata: anything JSON can hold, kept with the file.
+        effects: what reads do to the model's output, if ``calibrate`` was given an ``order``.
+        sensitivity: how errors reach the final sample, float64 [steps] by group, or `ALL` for all groups together
+            (``measure_sensitivity``); what is not in it counts the same at each step.
     """
 
     steps: int
@@ -42,6 +51,8 @@ class Calibration:
     sites: list[SiteErrors]
     history_bytes: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
+    effects: Effects | None = None
+    sensitivity: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.steps = whole_number(self.steps, "steps", 1, CalibrationError)
@@ -62,6 +73,35 @@ class Calibration:
                     f"site {site.name!r} has errors of shape {list(site.count.shape)}, expected "
                     f"[lags, steps] = [{self.lags}, {self.steps}]"
                 )
+            if site.products is not None and len(site.products.count) != self.steps:
+                raise CalibrationError(f"site {site.name!r} has products of {len(site.products.count)} steps")
+        if self.effects is not None and len(self.effects.sketch) != self.steps:
+            raise CalibrationError(f"effects of {len(self.effects.sketch)} steps, expected {self.steps}")
+        if not isinstance(self.sensitivity, dict):
+            raise CalibrationError(f"sensitivity is a {type(self.sensitivity).__name__}, expected a dict")
+        self.sensitivity = {key: self._checked(key, values) for key, values in self.sensitivity.items()}
+
+    def _checked(self, key: str, values: Any) -> NDArray[np.float64]:
+        try:
+            array = np.asarray(values, np.float64)
+        except (TypeError, ValueError):
+            array = np.empty(0)
+        known = key == ALL or key in self.groups
+        if not known or array.shape != (self.steps,) or not ((0 < array) & (array < np.inf)).all():
+            raise CalibrationError(
+                f"impossible sensitivity of {key!r}: expected a group of this calibration, or {ALL!r}, and a finite "
+                f"number above 0 for each of {self.steps} steps"
+            )
+        return array
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Calibration):
+            return NotImplemented
+        names = ("steps", "lags", "sites", "history_bytes", "metadata", "effects")
+        return all(getattr(self, name) == getattr(other, name) for name in names) and (
+            {key: values.tolist() for key, values in self.sensitivity.items()}
+            == {key: values.tolist() for key, values in other.sensitivity.items()}
+        )
 
     @property
     def groups(self) -> dict[str, tuple[SiteErrors, ...]]:
@@ -86,31 +126,73 @@ class Calibration:
         count, _, m2 = self._moments(group)
         return half_width(count, m2)
 
-    def schedule(self, *, alpha: float | None = None, compute: float | None = None, keep_last: bool = True) -> Schedule:
-        """The paper's schedule: from each computed step, the longest reuse whose error is at most `alpha`.
+    def schedule(
+        self,
+        *,
+        alpha: float | None = None,
+        compute: float | None = None,
+        solver: str = "greedy",
+        order: int = 0,
+        rows: str | None = None,
+        times: Sequence[float] | None = None,
+        keep_last: bool | None = None,
+    ) -> Schedule:
+        """A schedule by the paper's rule (``greedy``), or the one with the least predicted error for a budget (``optimal``).
+
+        The paper's: from each computed step, the longest reuse whose error is at most `alpha`.
 
         Args:
-            alpha: the largest error allowed, the same for all groups, at least 0.
-            compute: in place of alpha: the largest share of the branches' FLOPs to compute, in (0, 1]; the
-                alpha that comes closest from below is taken (`alpha_for` gives it).
-            keep_last: compute the last step too, as the paper's code does.
+            alpha: the largest error allowed, the same for all groups, at least 0. For ``greedy`` alone.
+            compute: in place of alpha: the largest share of the branches' FLOPs to compute, in (0, 1]; of alphas the
+                one that comes closest from below is taken (`alpha_for` gives it).
+            solver: ``greedy`` or ``optimal``. The latter needs ``calibrate(..., order=...)``, or order 0 and rows of
+                groups. It is the better the better errors are known to reach the end: see ``measure_sensitivity``.
+            order: of the reads, 0 to 2. A greedy schedule's rows are those for order 0.
+            rows: of ``optimal``: ``joint``, one row for all groups; ``group``, one for each, which share the budget by
+                their FLOPs; ``site``, one for each site. By default joint where the calibration allows it: forecasts
+                are more exact where all branches of a step are computed together.
+            times: a position for each step, in which reads are polynomials (see `Schedule`).
+            keep_last: compute the last step too, as the paper's code does: the default of ``greedy``.
 
         Returns:
-            One row per group, and the groups' FLOPs as weights.
+            One row per group (or site), and their FLOPs as weights.
 
         Raises:
-            CalibrationError: if not exactly one of alpha and compute is given, one is out of range, or no
-                alpha meets the budget.
+            CalibrationError: if not exactly one of alpha and compute is given, one is out of range, the calibration
+                lacks what the solver needs, or no schedule meets the budget.
         """
+        if solver not in ("greedy", "optimal"):
+            raise CalibrationError(f"solver is {solver!r}, expected 'greedy' or 'optimal'")
         if (alpha is None) == (compute is None):
             raise CalibrationError(f"alpha is {alpha} and compute is {compute}; give exactly one of them")
+        if solver == "optimal":
+            if compute is None:
+                raise CalibrationError("the optimal solver wants compute, the share of FLOPs, and no alpha")
+            budget = self._share_of_flops(compute)
+            found = optimal_rows(self, budget, order, rows, times, bool(keep_last))
+            flops = self._flops() if rows != "site" else {site.name: site.flops for site in self.sites}
+            flops = flops if flops and any(flops.values()) else None
+            return Schedule(self.steps, found, order=order, flops=flops, times=times)
+        keep_last = keep_last is not False
         if compute is not None:
             alpha = self.alpha_for(compute, keep_last=keep_last)
         number = scalar(alpha)
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not number >= 0:
             raise CalibrationError(f"alpha is {alpha!r}, expected a number of at least 0, such as 0.18")
-        rows = {group: scan(self.error(group), number, keep_last) for group in self.groups}
-        return Schedule(self.steps, rows, flops=self._flops())
+        found = {group: scan(self.error(group), number, keep_last) for group in self.groups}
+        return Schedule(self.steps, found, order=order, flops=self._flops(), times=times)
+
+    def predicted_error(self, schedule: Schedule) -> float:
+        """What a schedule that has one row and one order for all groups is predicted to be off by at the end.
+
+        With sensitivities (``measure_sensitivity``) the relative L2 distance of the final samples; without, the root
+        mean square by which the model's outputs are off in sum. Infinite where it reuses for longer than ``lags``.
+
+        Raises:
+            CalibrationError: if the calibration was made without ``order`` or for lower ones, the steps differ, or
+                groups have rows of their own.
+        """
+        return predicted_error(self, schedule)
 
     def alpha_for(self, compute: float, *, keep_last: bool = True) -> float:
         """The alpha whose schedule's `compute_fraction` is the largest that is at most `compute`.
@@ -120,16 +202,20 @@ class Calibration:
         Raises:
             CalibrationError: if `compute` is not in (0, 1], or no alpha meets it (says the least possible).
         """
+        number = self._share_of_flops(compute)
+        errors = {group: self.error(group) for group in self.groups}
+        return alpha_for(errors, number, self._flops(), keep_last)
+
+    def _share_of_flops(self, compute: object) -> float:
         number = scalar(compute)
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= 1:
             raise CalibrationError(f"compute is {compute!r}, expected a share of FLOPs, above 0 and up to 1")
-        errors = {group: self.error(group) for group in self.groups}
-        return alpha_for(errors, number, self._flops(), keep_last)
+        return float(number)
 
     def merge(self, other: Calibration) -> Calibration:
         """The observations of both, for calibrations of one model with the same steps and lags.
 
-        `history_bytes` is the larger one; of the metadata, what both agree on is kept.
+        `history_bytes` is the larger one; of metadata and sensitivities, the first's, where it has them; of the metadata, what both agree on.
 
         Raises:
             CalibrationError: if steps, lags or sites differ.
@@ -154,7 +240,10 @@ class Calibration:
         agreed = {key for key in agreed if self.metadata[key] == other.metadata[key]}
         metadata = {key: value for key, value in self.metadata.items() if key in agreed}
         history_bytes = max(self.history_bytes, other.history_bytes)
-        return Calibration(self.steps, self.lags, sites, history_bytes, metadata)
+        both = self.effects is not None and other.effects is not None
+        effects = self.effects.merge(other.effects) if both else None
+        sensitivity = {**other.sensitivity, **self.sensitivity}
+        return Calibration(self.steps, self.lags, sites, history_bytes, metadata, effects, sensitivity)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything as JSON, one line per site; `load` gives an equal calibration back.
@@ -173,6 +262,8 @@ class Calibration:
             f'  "lags": {self.lags}',
             f'  "history_bytes": {self.history_bytes}',
             f'  "metadata": {metadata}',
+            f'  "effects": {json.dumps(None if self.effects is None else self.effects.to_json())}',
+            f'  "sensitivity": {json.dumps({key: values.tolist() for key, values in self.sensitivity.items()})}',
             '  "sites": [\n' + ",\n".join(f"    {json.dumps(site.to_json())}" for site in self.sites) + "\n  ]",
         ]
         Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
@@ -186,13 +277,17 @@ class Calibration:
                 holds something that is no calibration.
         """
         data = read_object(path, CalibrationError, "calibration")
-        keys = ("steps", "lags", "sites", "history_bytes", "metadata")
+        keys = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "sensitivity")
+        if data.get("format") == FORMAT and data.get("version") == 1:
+            data = {"effects": None, "sensitivity": {}, **data}
         check_header(data, path, format=FORMAT, version=VERSION, keys=keys, error=CalibrationError)
         try:
             if not isinstance(data["sites"], list):
                 raise CalibrationError(f"sites is a {type(data['sites']).__name__}, expected a list")
             sites = [SiteErrors.from_json(site) for site in data["sites"]]
-            return cls(data["steps"], data["lags"], sites, data["history_bytes"], data["metadata"])
+            effects = None if data["effects"] is None else Effects.from_json(data["effects"])
+            arguments = [data[key] for key in ("steps", "lags")], [data[key] for key in ("history_bytes", "metadata")]
+            return cls(*arguments[0], sites, *arguments[1], effects, data["sensitivity"])
         except CalibrationError as reason:
             raise CalibrationError(f"{str(path)!r} holds no valid calibration: {reason}") from reason
 

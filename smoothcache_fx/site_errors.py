@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._products import Products
 from ._rows import scalar
 from ._statistics import Moments, combine
 from .errors import CalibrationError
@@ -28,6 +29,7 @@ class SiteErrors:
         count: int64 [lags, steps], observations; 0 where t < k.
         mean: float64 [lags, steps], their mean; NaN where there are none.
         m2: float64 [lags, steps], the sum of their squared deviations from the mean; 0 where there are none.
+        products: of the outputs of neighbouring steps, if they were measured.
     """
 
     name: str
@@ -37,6 +39,7 @@ class SiteErrors:
     count: NDArray[np.int64]
     mean: NDArray[np.float64]
     m2: NDArray[np.float64]
+    products: Products | None = None
 
     def __post_init__(self) -> None:
         for field in ("name", "group", "kind"):
@@ -125,13 +128,15 @@ class SiteErrors:
             )
         theirs, total = int(other.count.sum()), int(self.count.sum() + other.count.sum())
         flops = self.flops + (other.flops - self.flops) * (theirs / total if total else 0.5)
-        return SiteErrors(self.name, self.group, self.kind, flops, *combine([self.moments, other.moments]))
+        both = self.products is not None and other.products is not None
+        products = self.products.merge(other.products) if both else None
+        return SiteErrors(self.name, self.group, self.kind, flops, *combine([self.moments, other.moments]), products)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SiteErrors):
             return NotImplemented
-        mine = (self.name, self.group, self.kind, self.flops)
-        return mine == (other.name, other.group, other.kind, other.flops) and all(
+        mine = (self.name, self.group, self.kind, self.flops, self.products)
+        return mine == (other.name, other.group, other.kind, other.flops, other.products) and all(
             np.array_equal(here, there, equal_nan=True) for here, there in zip(self.moments, other.moments, strict=True)
         )
 
@@ -146,20 +151,23 @@ class SiteErrors:
             "count": self.count.tolist(),
             "mean": mean,
             "m2": self.m2.tolist(),
+            "products": None if self.products is None else self.products.to_json(),
         }
 
     @classmethod
     def from_json(cls, data: object) -> SiteErrors:
         """The site that `to_json` described; CalibrationError for anything else."""
         fields = ("name", "group", "kind", "flops", "count", "mean", "m2")
-        if not isinstance(data, Mapping) or set(data) != set(fields):
+        if not isinstance(data, Mapping) or set(data) - {"products"} != set(fields):
             found = sorted(data) if isinstance(data, Mapping) else f"a {type(data).__name__}"
             raise CalibrationError(f"a site is {found}, expected an object with {', '.join(fields)}")
         name = data["name"]
         count = _array(data["count"], f"count of site {name!r}", whole=True)
         mean = _array(data["mean"], f"mean of site {name!r}")
         m2 = _array(data["m2"], f"m2 of site {name!r}")
-        return cls(name, data["group"], data["kind"], data["flops"], count, mean, m2)
+        products = data.get("products")
+        products = None if products is None else Products.from_json(products, _array)
+        return cls(name, data["group"], data["kind"], data["flops"], count, mean, m2, products)
 
 
 def _array(rows: object, what: str, whole: bool = False) -> NDArray[Any]:

@@ -173,12 +173,18 @@ def test_it_pays_on_cuda_under_compilers_that_do_not_fuse():
     assert not should_fuse(variant, fuses_by_itself=True)
 
 
+#: Norms taken in, too, in float32, for all; the other ways for one of each structure.
+FEW = ("adaln_zero", "joint", "post_norm", "diffusers_flux")
+
+
 @pytest.mark.parametrize(
-    ("dtype", "norms"),
-    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)],
-    ids=["adds-float32", "norms-float32", "norms-bfloat16"],
+    ("name", "dtype", "norms"),
+    [
+        *(pytest.param(name, torch.float32, True, id=f"{name}-norms-float32") for name in CASES),
+        *(pytest.param(name, torch.float32, False, id=f"{name}-adds-float32") for name in FEW),
+        *(pytest.param(name, torch.bfloat16, True, id=f"{name}-norms-bfloat16") for name in FEW),
+    ],
 )
-@pytest.mark.parametrize("name", CASES)
 def test_trajectories_are_the_oracles(name, dtype, norms, monkeypatch):
     """In float32 adds are so bit for bit; in bfloat16 the kernels round once where eager PyTorch rounds twice."""
     monkeypatch.setattr(build, "should_fuse", lambda graph, fuses_by_itself: True)
