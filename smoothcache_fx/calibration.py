@@ -137,9 +137,9 @@ class Calibration:
         times: Sequence[float] | None = None,
         keep_last: bool | None = None,
     ) -> Schedule:
-        """A schedule by the paper's rule (``greedy``), or the one with the least predicted error for a budget (``optimal``).
+        """A schedule by the paper's rule (``greedy``), or of the least predicted error for a budget (``optimal``).
 
-        The paper's: from each computed step, the longest reuse whose error is at most `alpha`.
+        The paper's rule: from each computed step, the longest reuse whose error is at most `alpha`.
 
         Args:
             alpha: the largest error allowed, the same for all groups, at least 0. For ``greedy`` alone.
@@ -215,7 +215,8 @@ class Calibration:
     def merge(self, other: Calibration) -> Calibration:
         """The observations of both, for calibrations of one model with the same steps and lags.
 
-        `history_bytes` is the larger one; of metadata and sensitivities, the first's, where it has them; of the metadata, what both agree on.
+        `history_bytes` is the larger one; of the metadata, what both agree on; of sensitivities, the first's where it
+        has them.
 
         Raises:
             CalibrationError: if steps, lags or sites differ.

@@ -161,8 +161,8 @@ def compare(
                 mac_ratio=cached.mac_ratio,
                 psnr=psnr(plain.result, cached.result),
                 cosine=float(torch.nn.functional.cosine_similarity(plain.result, cached.result, dim=0)),
-                relative_l2=_relative_l2(plain.result, cached.result),
-                trajectory=tuple(map(_relative_l2, plain.outputs, cached.outputs)),
+                relative_l2=relative_l2(plain.result, cached.result),
+                trajectory=tuple(map(relative_l2, plain.outputs, cached.outputs)),
                 metrics={key: float(metric(plain.value, cached.value)) for key, metric in (metrics or {}).items()},
             )
         )
@@ -192,7 +192,7 @@ class _Run:
 def _run(model_or_pipeline: Any, sample: Callable[[Any], Any], rounds: int) -> _Run:
     with _outputs_of(model_or_pipeline) as outputs:
         value = sample(model_or_pipeline)
-    result = _as_vector(value)
+    result = as_vector(value)
     seconds = []
     for _ in range(rounds):
         synchronize()
@@ -200,8 +200,8 @@ def _run(model_or_pipeline: Any, sample: Callable[[Any], Any], rounds: int) -> _
         again = sample(model_or_pipeline)
         synchronize()
         seconds.append(time.perf_counter() - start)
-    again = _as_vector(again)
-    if again.shape != result.shape or _relative_l2(result, again) > SAME:
+    again = as_vector(again)
+    if again.shape != result.shape or relative_l2(result, again) > SAME:
         raise SmoothCacheError(
             "sample(model) returned something else when it was called again, so that nothing can be said of a "
             "schedule: make its noise from a fixed seed inside of it, such as torch.Generator().manual_seed(0)"
@@ -228,12 +228,12 @@ def _outputs_of(model_or_pipeline: Any) -> Iterator[list[torch.Tensor]]:
             hook.remove()
 
 
-def _relative_l2(reference: torch.Tensor, result: torch.Tensor) -> float:
+def relative_l2(reference: torch.Tensor, result: torch.Tensor) -> float:
     difference = torch.linalg.vector_norm(result.double() - reference.double())
     return float(difference / torch.linalg.vector_norm(reference.double()))
 
 
-def _as_vector(value: Any) -> torch.Tensor:
+def as_vector(value: Any) -> torch.Tensor:
     """All numbers of a result, one after the other, as float64 on the CPU."""
     parts = []
     for leaf in pytree.tree_leaves(value):

@@ -7,9 +7,9 @@ import functools
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
@@ -23,10 +23,12 @@ from .calibration import Calibration
 from .clock import Call, Clock, TimestepReader
 from .compiler import check_compilable
 from .errors import CalibrationError
+from .forecast import weights
 from .forward import ForwardPlace, check_inference, no_sites_error
 from .inner import inner_compiler
 from .kernels import relative_l1
 from .passes import observe
+from .passes.forecast import forecast
 from .pipelines import denoisers, follow_cache_context, is_pipeline
 from .program import Binding, Mask, SiteInfo, Variant
 from .schedule import HIGHEST_ORDER, Schedule
@@ -35,6 +37,14 @@ from .site_errors import SiteErrors
 from .traced import Traced
 
 log = logging.getLogger(__name__)
+
+
+Reads = Callable[[SiteInfo, Collection[int]], Sequence[tuple[int, float]]]
+"""How a site is read, given the lags at which outputs are kept: lags and weights; empty if it is computed."""
+
+
+def _all_from(lag: int) -> Reads:
+    return lambda site, kept: ((lag, 1.0),)
 
 
 @dataclass
@@ -64,7 +74,7 @@ class ObservedProgram:
 
     def __call__(self, inputs: list[Any]) -> Sequence[Any]:
         if self.recorder.replaying is not None and self.outputs_per_site:
-            return self._read(inputs, *self.recorder.replaying)
+            return self._read(inputs, self.recorder.replaying)
         outputs = self.graph(*inputs)
         inputs.clear()
         own = len(outputs) - sum(self.outputs_per_site)
@@ -73,21 +83,36 @@ class ObservedProgram:
         self.recorder.record(self.binding, values)
         return outputs[:own]
 
-    def _read(self, inputs: list[Any], lag: int, group: str | None) -> Sequence[Any]:
-        """The graph's outputs if the group's sites give what they gave ``lag`` steps before the last call recorded."""
+    def _read(self, inputs: list[Any], reads: Reads) -> Sequence[Any]:
+        """The graph's outputs if sites are read in place of being computed.
+
+        What is kept of this step are then, of sites that are computed, the outputs of this call.
+        """
         sites = self.binding.sites
-        computed = sum(1 << i for i, site in enumerate(sites) if group not in (None, site.group))
-        mask = Mask(computed, store=0)
+        history = self.recorder.history(self.binding)
+        terms = [reads(site, history) for site in sites]
+        computed = sum(1 << i for i, read in enumerate(terms) if not read)
+        mask = Mask(computed, store=computed)
         if mask not in self._readers:
             self._readers[mask] = self.builder.build_uncompiled(mask)
         reader = self._readers[mask]
-        kept = self.recorder.kept(self.binding, lag)
         values: dict[int, torch.Tensor] = {}
-        for site, outputs in zip(sites, kept.outputs, strict=True):
-            values.update(zip(site.buffers, outputs, strict=True))
+        now = history[0]
+        for index, (site, read) in enumerate(zip(sites, terms, strict=True)):
+            for place, buffer in enumerate(site.buffers):
+                if not read:
+                    values[buffer] = torch.empty_like(now.outputs[index][place], device=now.device)
+                    continue
+                outputs = [history[lag].outputs[index][place] for lag, _ in read]
+                amounts = torch.tensor([weight for _, weight in read], device=outputs[0].device)
+                values[buffer] = (outputs[0] if len(outputs) == 1 else forecast(outputs, amounts)).to(now.device)
         arguments = reader.pick_inputs(inputs)
         inputs.clear()
-        return reader.run([*arguments, *(values[i].to(kept.device) for i in reader.buffers)])
+        result = reader.run([*arguments, *(values[buffer] for buffer in reader.buffers)])
+        for site, read, outputs in zip(sites, terms, now.outputs, strict=True):
+            if not read:
+                outputs[:] = [values[buffer].to(outputs[0].device) for buffer in site.buffers]
+        return result
 
 
 class Recorder(Session):
@@ -98,7 +123,7 @@ class Recorder(Session):
         products: per site, ``(lag, step, mean product)`` likewise; none where ``reach`` is 0.
         effects: sums of the effects of reads.
         reach: how many steps back products and effects go.
-        replaying: the lag at which the sites of a group (None for all) are read; None where all are computed.
+        replaying: how sites are read; None where all are computed.
         history_bytes: memory of the outputs kept at the same time, at most.
     """
 
@@ -109,20 +134,57 @@ class Recorder(Session):
         lags: int,
         history_device: torch.device | None,
         reach: int = 0,
+        followed: Schedule | None = None,
     ) -> None:
         super().__init__(Schedule(steps=1), inner_compiler("eager", None, None, None), clock, root)
         self.lags = lags
+        self.reach = reach
+        self.followed = followed
+        #: Steps for which outputs are kept; where the model is called again, the last call's are kept beside them.
+        self.keep = max(lags, reach, 0 if followed is None else _lookback(followed))
         self.history_device = history_device
         self.sites: dict[str, SiteInfo] = {}
         self.observations: dict[str, list[tuple[int, int, float]]] = {}
         self.products: dict[str, list[tuple[int, int, float]]] = {}
         self.effects = EffectSums()
-        self.reach = reach
-        self.replaying: tuple[int, str | None] | None = None
+        self.replaying: Reads | None = None
         self.history_bytes = 0
         self._subset = Subset()
         self._history: dict[tuple[int, Hashable], tuple[int, deque[_Kept]]] = {}
         self._kept: dict[tuple[int, Hashable], int] = {}
+
+    @property
+    def calls_again(self) -> bool:
+        """Whether the model is called again after each call, with sites that are read."""
+        return self.reach > 0 or self.followed is not None
+
+    def call_again(self, forward: Callable[[], Any], output: Any) -> Any:
+        """What the call returns: ``output``, or what the followed schedule makes of it.
+
+        Before, reads at all lags are tried out, to note what they change.
+        """
+        computed = floating_tensors(output)
+        for lag in self.lags_kept():
+            if lag > self.reach:
+                break
+            read = floating_tensors(self.replay(forward, _all_from(lag)))
+            change = [after.float() - before.float() for after, before in zip(read, computed, strict=True)]
+            self.effects.add(self.clock.step, lag, change, self.clock.stream, self.clock.trajectory)
+        return output if self.followed is None else self.replay(forward, self._as_scheduled)
+
+    def _as_scheduled(self, site: SiteInfo, kept: Collection[int]) -> Sequence[tuple[int, float]]:
+        """How the followed schedule has a site read at this step."""
+        schedule, step = self.followed, self.clock.step
+        if step >= schedule.steps:
+            raise CalibrationError(
+                f"the sampler takes more steps than the schedule to be followed, which has {schedule.steps}"
+            )
+        row = schedule.row_for(site)
+        if row[step]:
+            return ()
+        lags = [lag for lag in sorted(kept) if lag and row[step - lag]][: schedule.order_for(site) + 1]
+        times = range(schedule.steps) if schedule.times is None else schedule.times
+        return tuple(zip(lags, weights([times[step - lag] for lag in lags], times[step]), strict=True)) if lags else ()
 
     def dispatcher(self, builder: GraphBuilder) -> ObservedProgram:
         return ObservedProgram(builder, self)
@@ -133,10 +195,10 @@ class Recorder(Session):
             return
         place = id(binding), self.clock.stream
         trajectory, history = self._history.get(place, (-1, deque()))
-        step, farthest = self.clock.step, max(self.lags, self.reach)
+        step = self.clock.step
         if trajectory != self.clock.trajectory:
-            history = deque(maxlen=farthest + (self.reach > 0))
-        while history and not 0 < step - history[-1].step <= farthest:
+            history = deque(maxlen=self.keep + self.calls_again)
+        while history and not 0 < step - history[-1].step <= self.keep:
             history.pop()  # a stream may be absent for some steps
         self._history[place] = self.clock.trajectory, history
         recent = [earlier for earlier in history if step - earlier.step <= self.lags]
@@ -157,13 +219,10 @@ class Recorder(Session):
         self._kept[place] = sum(t.numel() * t.element_size() for e in history for out in e.outputs for t in out)
         self.history_bytes = max(self.history_bytes, sum(self._kept.values()))
 
-    def kept(self, binding: Binding, lag: int) -> _Kept:
-        """What the binding's sites gave ``lag`` steps before this one; CalibrationError if that was not seen."""
+    def history(self, binding: Binding) -> dict[int, _Kept]:
+        """What is kept of the binding's sites in this stream, by how many steps ago it was made."""
         _, history = self._history[id(binding), self.clock.stream]
-        found = next((kept for kept in history if self.clock.step - kept.step == lag), None)
-        if found is None:
-            raise CalibrationError(f"no output of {binding.sites[0].name} is kept of {lag} steps before")
-        return found
+        return {self.clock.step - kept.step: kept for kept in history}
 
     def lags_kept(self) -> list[int]:
         """The lags at which all sites of the last call can be read."""
@@ -175,23 +234,15 @@ class Recorder(Session):
         ]
         return sorted(set.intersection(*seen) - {0}) if seen else []
 
-    def replay(self, forward: Callable[[], Any], lag: int, group: str | None = None) -> Any:
-        """What the model returns if all sites, or those of a group, are read from ``lag`` steps before."""
+    def replay(self, forward: Callable[[], Any], reads: Reads) -> Any:
+        """What the model returns if sites are read like this."""
         self.clock.serial += 1  # a call of its own, for the bindings
-        self.replaying = lag, group
+        self.replaying = reads
         try:
             with torch.random.fork_rng():
                 return forward()
         finally:
             self.replaying = None
-
-    def try_out(self, forward: Callable[[], Any], output: Any) -> None:
-        """Call the model again for each lag, with all sites read, and note what that changes."""
-        computed = floating_tensors(output)
-        for lag in self.lags_kept():
-            read = floating_tensors(self.replay(forward, lag))
-            change = [after.float() - before.float() for after, before in zip(read, computed, strict=True)]
-            self.effects.add(self.clock.step, lag, change, self.clock.stream, self.clock.trajectory)
 
     def set_aside(self) -> dict[str, Any]:
         names = ("sites", "observations", "products", "_history", "_kept")
@@ -235,6 +286,19 @@ class Recorder(Session):
             seen.append((lag, step, distance / size if size else (0.0 if distance == 0.0 else math.inf)))
 
 
+def _lookback(schedule: Schedule) -> int:
+    """How many steps back the schedule's reads look, at most."""
+    farthest = 0
+    for row in schedule.compute.values():
+        computed: list[int] = []
+        for step, decision in enumerate(row):
+            if decision:
+                computed = [step, *computed[: schedule.highest_order]]
+            elif computed:
+                farthest = max(farthest, step - computed[-1])
+    return farthest
+
+
 def gather(recorders: Sequence[Recorder], steps: int, metadata: dict[str, str]) -> Calibration:
     """All observations per site; denoisers of one pipeline may have sites of one name, seen at different steps."""
     infos = {name: info for recorder in recorders for name, info in recorder.sites.items()}
@@ -264,8 +328,6 @@ class _ObservedForward:
         self.recorder = recorder
         self.progress = progress
         self.lengths: list[int] = []
-        #: A step, and the group (None for all) whose sites are read there in place of being computed.
-        self.probe: tuple[int, str | None] | None = None
         self._timestep = TimestepReader(original)
         self._compiled = Traced(original, recorder)
 
@@ -275,16 +337,12 @@ class _ObservedForward:
         clock.enter(Call(type(self.model).__name__, self._timestep, args, kwargs), wait=True)
         if clock.trajectories > len(self.lengths):
             self.lengths.append(0)
-        recorder = self.recorder
-        probed = self.probe is not None and clock.step == self.probe[0]
         # The call may write to its own inputs.
-        again = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs)) if recorder.reach or probed else None
+        again = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs)) if self.recorder.calls_again else None
         with torch.no_grad():
             output = self._compiled(*args, **kwargs)
-            if probed and 1 in recorder.lags_kept():
-                output = recorder.replay(lambda: self._compiled(*again[0], **again[1]), 1, self.probe[1])
-            elif recorder.reach:
-                recorder.try_out(lambda: self._compiled(*again[0], **again[1]), output)
+            if again is not None:
+                output = self.recorder.call_again(lambda: self._compiled(*again[0], **again[1]), output)
         if not self.recorder.sites:
             raise no_sites_error(self.model, self.recorder)
         self.lengths[-1] += 1
@@ -298,6 +356,7 @@ def calibrate(
     *,
     lags: int = 3,
     order: int | None = None,
+    schedule: Schedule | None = None,
     steps: int | None = None,
     calls_per_step: int = 1,
     history_device: torch.device | str | None = None,
@@ -314,11 +373,13 @@ def calibrate(
             samples, in one batch or one after the other. Where a trajectory of a bare model begins is seen from its
             timestep argument; for a model without one, give ``steps``.
         lags: how many steps back to compare with: the longest reuse that a schedule made of this can have.
-        order: also measure what optimal schedules need (``Calibration.schedule(solver="optimal")``), for forecasts up to
-            this order, 0 to 2. Outputs are then kept for ``(order + 1) * (lags + 1) - 1`` steps, and after each call the
-            model is called once more for each of them, with all branches read in place of being computed, which costs
-            little. Inner products of a branch's outputs are taken over 4096 random elements of each: a relative
-            error of a forecast is known to within about 2% of itself from one call, and better from more.
+        order: also measure what optimal schedules need (``Calibration.schedule(solver="optimal")``), for forecasts up
+            to this order, 0 to 2. Outputs are then kept for ``(order + 1) * (lags + 1) - 1`` steps, and after each call
+            the model is called once more for each of them, with all branches read in place of being computed, which
+            costs little in a model that is large. Inner products of a branch's outputs are taken over 4096 random
+            elements of each: a relative error of a forecast is known to within about 2% of itself from one call.
+        schedule: follow this schedule, with its forecasts: the sampler gets what the compiled model would give it, and
+            all is measured along that trajectory. All branches are computed nonetheless.
         steps: denoising steps in a trajectory, if they cannot be seen from the timesteps.
         calls_per_step: calls of a bare model in one step; each has a history of its own.
         history_device: where the last ``lags`` outputs of every site are kept (the model's device by default). They
@@ -341,58 +402,65 @@ def calibrate(
             raise CalibrationError(f"{name} must be a positive whole number, got {value!r}")
     if order is not None and order not in range(HIGHEST_ORDER + 1):
         raise CalibrationError(f"order is {order!r}, expected 0, 1 or 2, or None for the paper's rule alone")
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise CalibrationError(f"schedule is a {type(schedule).__name__}, expected a Schedule to follow, or None")
     farthest = 0 if order is None else reach(lags, order)
     device = None if history_device is None else torch.device(history_device)
     metadata = {"model": type(model_or_pipeline).__name__}
-    with observing(model_or_pipeline, lags, farthest, steps, calls_per_step, device, progress) as observed:
+
+    def recorder(model: torch.nn.Module, clock: Clock | DenoiserClock) -> Recorder:
+        return Recorder(model, clock, lags, device, farthest, schedule)
+
+    with observing(model_or_pipeline, recorder, steps, calls_per_step, progress) as observed:
         sample(model_or_pipeline)
         total = observed.steps()
-    recorders = [forward.recorder for forward in observed.forwards]
-    recorder_bytes = sum(recorder.history_bytes for recorder in recorders)
+    if schedule is not None and schedule.steps != total:
+        raise CalibrationError(f"the sampler takes {total} steps, the schedule to be followed has {schedule.steps}")
+    recorder_bytes = sum(recorder.history_bytes for recorder in observed.recorders)
     log.info("calibration kept %.1f MiB of outputs", recorder_bytes / 2**20)
-    return gather(recorders, total, metadata)
+    return gather(observed.recorders, total, metadata)
+
+
+R = TypeVar("R", bound=Recorder)
 
 
 @dataclass
-class Observed:
-    """A model or pipeline whose denoisers are observed: their forwards, and the steps of each trajectory so far."""
+class Observed(Generic[R]):
+    """A model or pipeline whose denoisers are observed: a recorder each, and the steps of each trajectory so far."""
 
-    forwards: list[_ObservedForward]
+    recorders: list[R]
     steps: Callable[[], int]
 
 
 @contextlib.contextmanager
 def observing(
     model_or_pipeline: Any,
-    lags: int,
-    farthest: int,
+    recorder: Callable[[torch.nn.Module, Clock | DenoiserClock], R],
     steps: int | None,
     calls_per_step: int,
-    device: torch.device | None,
     progress: bool,
-) -> Iterator[Observed]:
+) -> Iterator[Observed[R]]:
     """Observe while the ``with`` lasts. The model is then as it was; what was kept of outputs is freed."""
     with _progress_bar(progress) as bar, contextlib.ExitStack() as restore:
         if not is_pipeline(model_or_pipeline):
             check_compilable(model_or_pipeline)
-            recorder = Recorder(model_or_pipeline, Clock(steps, calls_per_step), lags, device, farthest)
-            forward = _observe(recorder, model_or_pipeline, bar, restore)
-            yield Observed([forward], lambda: _whole_steps(forward.lengths, calls_per_step, steps))
+            only = recorder(model_or_pipeline, Clock(steps, calls_per_step))
+            forward = _observe(only, model_or_pipeline, bar, restore)
+            yield Observed([only], lambda: _whole_steps(forward.lengths, calls_per_step, steps))
             return
         models = denoisers(model_or_pipeline).values()
         if calls_per_step != 1:
             raise CalibrationError("calls_per_step is for bare models: a pipeline's scheduler ends a step")
         shared = SchedulerClock(steps)
-        forwards = []
+        recorders = []
         for model in models:
             check_compilable(model)
-            forwards.append(
-                _observe(Recorder(model, DenoiserClock(shared), lags, device, farthest), model, bar, restore)
-            )
-            restore.callback(follow_cache_context(model, forwards[-1].recorder.clock))
+            recorders.append(recorder(model, DenoiserClock(shared)))
+            _observe(recorders[-1], model, bar, restore)
+            restore.callback(follow_cache_context(model, recorders[-1].clock))
         restore.callback(shared.detach)
         shared.attach(model_or_pipeline)
-        yield Observed(forwards, lambda: _steps_of(shared))
+        yield Observed(recorders, lambda: _steps_of(shared))
 
 
 def _observe(

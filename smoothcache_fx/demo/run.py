@@ -63,10 +63,10 @@ class Row:
     frechet_distance: float | None
 
 
-def calibration_trajectories(model: DiT, count: int, steps: int) -> None:
-    """The paper's calibration: ``count`` trajectories, here one digit each."""
-    for seed in range(count):
-        sample(model, torch.tensor([seed % model.num_classes]), steps=steps, seed=1000 + seed)
+def calibration_trajectories(model: DiT, count: int, steps: int) -> Tensor:
+    """The paper's calibration: ``count`` trajectories, here one digit each; returns the samples."""
+    digits = (torch.tensor([seed % model.num_classes]) for seed in range(count))
+    return torch.cat([sample(model, digit, steps=steps, seed=1000 + seed) for seed, digit in enumerate(digits)])
 
 
 def run_demo(
