@@ -36,10 +36,6 @@ def _check(x: Tensor, gate: Tensor | None, values: Sequence[Tensor], weights: Te
         )
     for number, value in enumerate(values):
         check_term(op, x, gate, value, f"values[{number}]")
-        if value.dtype != values[0].dtype:
-            raise TypeError(
-                f"{op}: values[{number}] is {value.dtype}, expected values[0]'s {values[0].dtype}: cast it first"
-            )
     if weights.dtype != torch.float32:
         raise TypeError(f"{op}: weights is {weights.dtype}, expected torch.float32: cast it first")
     if weights.shape != (len(values),):
@@ -68,21 +64,21 @@ def residual_forecast(
         x: the residual stream, ``[batch, tokens, width]`` or any shape; float32, float16 or bfloat16, any strides.
         gate: broadcasts to ``x``: ``[batch, 1, width]`` (adaLN), ``[batch, tokens, width]``, ``[batch, tokens, 1]``,
             ``[width]`` (layer scale); or none.
-        values: the branch's outputs of two or three earlier steps, each of ``x``'s shape and all of one dtype, which
-            may be another than ``x``'s, as the gate's may. They are finite: a weight of 0 does not keep a NaN or an
-            infinity out.
+        values: the branch's outputs of two or three earlier steps, or the last one and differences of such; each of
+            ``x``'s shape and of any of these dtypes, as the gate may be. They are finite: a weight of 0 does not keep
+            a NaN or an infinity out.
         weights: float32 ``[len(values)]`` on ``x``'s device, any stride and offset. It is read where the op runs, so
             that its numbers may change while a captured graph stays.
         scale: a gate that is the same everywhere; rounded to float32.
 
     Returns:
         A new tensor like ``x``. Operands are converted to float32; each weight's product with its value, and their sum,
-        first to last, are rounded to float32, and the sum once more to the values' dtype. Then ``gate * scale``, its
-        product with the sum, and what that and ``x`` add up to are each rounded to float32, and the last once more to
-        ``x``'s dtype.
+        first to last, are rounded to float32, and the sum once more to the dtype of ``values[0]``. Then
+        ``gate * scale``, its product with the sum, and what that and ``x`` add up to are each rounded to float32, and
+        the last once more to ``x``'s dtype.
 
     Raises:
-        TypeError: a dtype that is not supported, or values of several.
+        TypeError: a dtype that is not supported.
         ValueError: shapes, devices or numbers of values and weights that do not fit together; on CUDA, strides that
             take more than four loops.
     """

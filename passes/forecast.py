@@ -7,6 +7,13 @@ that step. In the graph of a variant::
     branch = to(add(mul(to(cache_0, float32), weight_0), mul(to(cache_1, float32), weight_1)), bfloat16)
 
 The sum is in float32 (float64 for float64 caches), and rounded once.
+
+Where the older caches have a narrower dtype than the newest, they hold differences: of the newest output and the one
+before it, and of that and the one before. The same sum with other weights is then the same polynomial
+(``smoothcache_fx/forecast.py``), and rounding a difference costs less than rounding an output. A store is::
+
+    clamp = clamp_max(clamp_min(sub(branch, cache_0), -65504), 65504)
+    copy_(cache_2, cache_1);  copy_(cache_1, clamp);  copy_(cache_0, branch)
 """
 
 from __future__ import annotations
@@ -18,6 +25,9 @@ from torch.fx import Graph, Node
 
 from .facts import aten, packet
 
+#: The cast that Inductor takes in a variant: it has taken ``aten._to_copy`` apart before.
+CAST = torch.ops.prims.convert_element_type.default
+
 #: Key in the metadata of the nodes that make a forecast, and its value on the last of them.
 FORECAST = "smoothcache_forecast"
 WHOLE = "whole"
@@ -27,7 +37,7 @@ def forecast(values: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Ten
     """``sum_i weights[i] * values[i]``: the reference.
 
     Args:
-        values: tensors of one shape and dtype.
+        values: tensors of one shape; the first one's dtype is the result's.
         weights: float32 [at least as many].
     """
     wide = torch.promote_types(values[0].dtype, torch.float32)
@@ -35,6 +45,34 @@ def forecast(values: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Ten
     for value, weight in zip(values[1:], weights[1:], strict=False):
         total = total + value.to(wide) * weight
     return total.to(values[0].dtype)
+
+
+def difference(value: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``value - before``, in the dtype of a history of differences: the reference.
+
+    What lies beyond the dtype's range becomes its largest number. The first output of a trajectory stands against
+    zeros: its difference has a weight of 0, but an infinity times 0 would be NaN.
+
+    Args:
+        value: any shape; float32 or float64.
+        before: of the same shape and dtype.
+        dtype: float16 or bfloat16.
+    """
+    largest = torch.finfo(dtype).max
+    return (value - before).clamp(-largest, largest).to(dtype)
+
+
+def emit_difference(graph: Graph, value: Node, before: Node, dtype: torch.dtype) -> Node:
+    """Nodes that compute ``difference`` but for its last rounding, which the copy into a cache does."""
+    largest = torch.finfo(dtype).max
+    node = _call(graph, aten.sub.Tensor, value, before)
+    # Inductor has taken ``clamp`` apart before it is given a variant, and knows the two halves only.
+    return _call(graph, aten.clamp_max.default, _call(graph, aten.clamp_min.default, node, -largest), largest)
+
+
+def holds_differences(cache: torch.Tensor, older: torch.Tensor) -> bool:
+    """Whether a history holds differences: its dtype is then narrower than that of the newest output."""
+    return older.dtype != cache.dtype
 
 
 def emit_forecast(graph: Graph, values: Sequence[Node], weights: Node) -> Node:
@@ -78,12 +116,8 @@ def _cast(graph: Graph, value: Node, dtype: torch.dtype) -> Node:
     fake = value.meta["val"]
     if fake.dtype == dtype:
         return value
-    node = graph.call_function(aten._to_copy.default, (value,), {"dtype": dtype})
-    with fake.fake_mode:
-        node.meta["val"] = aten._to_copy.default(fake, dtype=dtype)
-    node.meta[FORECAST] = "part"
-    return node
+    return _call(graph, CAST, value, dtype)
 
 
 def _uncast(node: Node) -> Node:
-    return node.args[0] if packet(node) is aten._to_copy else node
+    return node.args[0] if node.target is CAST else node

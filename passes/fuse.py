@@ -180,10 +180,13 @@ def _lower_forecast(graph: Graph, add: Node, x: Node, term: Term) -> None:
 
 
 def _again(graph: Graph, views: Sequence[Node], base: Node) -> Node:
-    """The same views of another base."""
+    """The same views of another base, which may have another dtype."""
+    dtype = base.meta["val"].dtype
     for view in views:
         copy = graph.call_function(view.target, (base, *view.args[1:]), dict(view.kwargs))
-        copy.meta = {"val": view.meta["val"]}
+        value = view.meta["val"]
+        with value.fake_mode:
+            copy.meta = {"val": torch.empty_like(value, dtype=dtype)}
         base = copy
     return base
 

@@ -26,7 +26,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .facts import aten
-from .forecast import forecast
+from .forecast import difference, forecast, holds_differences
 from .sites import Site
 
 #: Keys in the metadata of guards and their placeholders: position of the site, position of the buffer.
@@ -48,12 +48,15 @@ def guard(
 ) -> torch.Tensor:
     """Store ``value`` in ``cache`` and return it, or return what ``cache`` holds.
 
-    With ``older`` values, what is stored moves on into these first, and what is returned is their forecast.
+    With ``older`` values, what is stored moves on into these first, and what is returned is their forecast. ``older``
+    of a narrower dtype hold differences (``passes/forecast.py``).
     """
     if not compute:
         return forecast((cache, *older), weights) if older else cache
-    caches = (cache, *older)
-    for newer, there in zip(caches[-2::-1], caches[:0:-1], strict=True):
+    sources = [cache, *older][:-1]
+    if older and holds_differences(cache, older[0]):
+        sources[0] = difference(value, cache, older[0].dtype)
+    for newer, there in reversed(list(zip(sources, older, strict=True))):
         there.copy_(newer)
     cache.copy_(value)
     return value
@@ -90,11 +93,23 @@ def cache_value(output: Node) -> torch.Tensor:
         return torch.empty_like(value)
 
 
-def insert_guards(gm: GraphModule, sites: Sequence[Site], order: int = 0) -> GraphModule:
+def history_value(output: Node, history_dtype: torch.dtype | None) -> torch.Tensor:
+    """``cache_value`` of a buffer that is older than the newest: in ``history_dtype`` where that is narrower."""
+    value = cache_value(output)
+    if history_dtype is None or not value.is_floating_point() or history_dtype.itemsize >= value.dtype.itemsize:
+        return value
+    with value.fake_mode:
+        return torch.empty_like(value, dtype=history_dtype)
+
+
+def insert_guards(
+    gm: GraphModule, sites: Sequence[Site], order: int = 0, history_dtype: torch.dtype | None = None
+) -> GraphModule:
     """The guarded graph: inputs as before, then the caches, then one decision (bool) per site.
 
     Each site output has ``order + 1`` caches, newest first. With an order above 0 there is one more input after the
-    caches: ``weights``, float32 [number of caches], with which a forecast weighs each.
+    caches: ``weights``, float32 [number of caches], with which a forecast weighs each. Where ``history_dtype`` has
+    fewer bytes than an output's dtype, all of its caches but the newest have that dtype, and hold differences.
     """
     graph, mapping = copy_graph(gm)
     first_call = next(node for node in graph.nodes if node.op != "placeholder")
@@ -106,7 +121,8 @@ def insert_guards(gm: GraphModule, sites: Sequence[Site], order: int = 0) -> Gra
             for output in site.outputs:
                 for age in range(order + 1):
                     cache = graph.placeholder(f"cache_{len(caches)}")
-                    cache.meta.update({"val": cache_value(output), SITE: index, CACHE: len(caches), AGE: age})
+                    value = history_value(output, history_dtype if age else None)
+                    cache.meta.update({"val": value, SITE: index, CACHE: len(caches), AGE: age})
                     caches.append(cache)
         if order and caches:
             weights = graph.placeholder("weights")

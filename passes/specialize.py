@@ -24,7 +24,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .facts import ASSERTIONS, packet, through_views
-from .forecast import emit_forecast
+from .forecast import emit_difference, emit_forecast, holds_differences
 from .guard import CACHE, SITE, copy_graph, guards, placeholders, with_graph
 
 
@@ -72,8 +72,14 @@ def specialize(
 
 
 def _store(graph: Graph, value: Node, history: Sequence[Node], site: int) -> None:
-    """Write the value to the newest cache, after each older one has taken over the next newer one's."""
-    for source, cache in zip([*history[-2::-1], value], reversed(history), strict=True):
+    """Write the value to the newest cache, after each older one has taken over the next newer one's.
+
+    Of a history of differences the newest takes the one that the value adds.
+    """
+    sources = [value, *history[:-1]]
+    if len(history) > 1 and holds_differences(*(cache.meta["val"] for cache in history[:2])):
+        sources[1] = emit_difference(graph, value, history[0], history[1].meta["val"].dtype)
+    for source, cache in reversed(list(zip(sources, history, strict=True))):
         copy = graph.call_function(torch.ops.aten.copy_.default, (cache, source))
         copy.meta.update({"val": cache.meta["val"], SITE: site})
 

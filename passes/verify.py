@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -23,7 +25,8 @@ def check_graph(gm: GraphModule, *, like: GraphModule, stage: str) -> GraphModul
         gm: the graph after the pass.
         like: the captured graph that it was made of.
         stage: ``"guarded"`` (guards, caches and decisions are allowed) or ``"variant"`` (only caches are, and each
-            is either written, with a computed output, or read, never both).
+            is either written, with a computed output, or read, never both; but before a cache is written, what it
+            holds may move on into an older one, as it is or subtracted from the output).
     """
     try:
         gm.graph.lint()
@@ -82,12 +85,26 @@ def _check_guard(node: Node) -> None:
     value, cache, decision, *rest = node.args
     if CACHE not in cache.meta or DECISION not in decision.meta:
         raise GraphError(f"the guard {node.name} does not take a cache and a decision: {cache.name}, {decision.name}")
-    for one in (cache, *(rest[0] if rest else ())):
-        if _signature(value) != _signature(one):
+    older = rest[0] if rest else ()
+    for one in (cache, *older):
+        if _signature(value) != _signature(one) and not (one in older and _is_difference(value, one, older)):
             raise GraphError(f"the guard {node.name} stores {_signature(value)} in a cache of {_signature(one)}")
     others = [user.name for user in value.users if user is not node]
     if others:
         raise GraphError(f"the guard {node.name} is passed by: {', '.join(others)} use {value.name} itself")
+
+
+def _is_difference(value: Node, cache: Node, older: Sequence[Node]) -> bool:
+    """Whether a cache differs from what is stored in a narrower dtype only, that of its whole history."""
+    shape, dtype, device = _signature(value)
+    own_shape, own_dtype, own_device = _signature(cache)
+    return (
+        (own_shape, own_device) == (shape, device)
+        and dtype.is_floating_point
+        and own_dtype.is_floating_point
+        and own_dtype.itemsize < dtype.itemsize
+        and all(_signature(other) == _signature(cache) for other in older)
+    )
 
 
 def _check_cache(cache: Node) -> None:
@@ -101,7 +118,7 @@ def _check_cache(cache: Node) -> None:
             (writes if _writes(user, value) else reads).append(user)
     order = {node: position for position, node in enumerate(cache.graph.nodes)}
     # Before it is written, a cache may be moved on into the next older one.
-    moved = [n for n in reads if packet(n) is torch.ops.aten.copy_ and CACHE in n.args[0].meta]
+    moved = [n for n in reads if _moves_on(n, cache)]
     reads = [n for n in reads if n not in moved or any(order[n] > order[write] for write in writes)]
     if len(writes) > 1 or (writes and reads):
         raise GraphError(
@@ -110,6 +127,15 @@ def _check_cache(cache: Node) -> None:
         )
     if writes and cache in writes[0].args[1:2]:
         raise GraphError(f"the cache {cache.name} is copied onto itself")
+
+
+def _moves_on(user: Node, cache: Node) -> bool:
+    """Whether an op puts the cache, or a difference from it, into another cache and nowhere else."""
+    aten = torch.ops.aten
+    if packet(user) is aten.sub and user.args[1] is cache:
+        while packet(user) in (aten.sub, aten.clamp_min, aten.clamp_max) and len(user.users) == 1:
+            (user,) = user.users
+    return packet(user) is aten.copy_ and user.args[0] is not cache and CACHE in user.args[0].meta
 
 
 def _writes(user: Node, cache: Node) -> bool:

@@ -74,7 +74,8 @@ class Program:
         self.graph_break = frame.graph_break
         self.session = session
         self.frame = frame
-        self.builder = GraphBuilder(captured, compile_variant, session.inner, session.schedule.highest_order)
+        order, history_dtype = session.schedule.highest_order, session.schedule.history_dtype
+        self.builder = GraphBuilder(captured, compile_variant, session.inner, order, history_dtype)
         self.dispatcher = session.dispatcher(self.builder)
         self.bindings: list[Binding] = []
         self._weights_among = picker(frame.weights)
@@ -126,7 +127,15 @@ class Program:
         kinds = [site.kind for site in builder.sites]
         sites = [
             SiteInfo(
-                name, group_of(name), site.kind, builder.buffers_of(site), builder.history, site.flops, site.cache_bytes
+                name,
+                group_of(name),
+                site.kind,
+                builder.buffers_of(site),
+                builder.history,
+                site.flops,
+                site.cache_bytes,
+                builder.history_bytes_of(site),
+                builder.differences_of(site),
             )
             for name, site in zip(unique_names(paths, kinds, call), builder.sites, strict=True)
         ]

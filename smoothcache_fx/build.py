@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from . import _torch
 from .inner import CompileVariant, InnerCompiler
@@ -25,7 +25,9 @@ from .passes import (
     should_fuse,
     specialize,
 )
-from .passes.guard import CACHE, copy_graph, placeholders, with_graph
+from .passes.forecast import holds_differences
+from .passes.guard import AGE, CACHE, SITE, copy_graph, placeholders, with_graph
+from .passes.sites import output_bytes
 from .passes.specialize import variant_inputs
 from .program import Mask, Variant
 from .python_code import as_python, notes
@@ -39,17 +41,25 @@ class GraphBuilder:
     Attributes:
         captured: the ATen graph as AOTAutograd gave it.
         sites, rejections: what ``passes.analyze`` says of it.
-        guarded: the guarded graph.
+        guarded: the guarded graph, with caches for forecasts of ``order``, the older ones in ``history_dtype`` where
+            that is narrower.
         graphs: the variants' graphs by mask, before the inner compiler had them.
     """
 
     def __init__(
-        self, captured: GraphModule, compile_variant: CompileVariant, inner: InnerCompiler, order: int = 0
+        self,
+        captured: GraphModule,
+        compile_variant: CompileVariant,
+        inner: InnerCompiler,
+        order: int = 0,
+        history_dtype: str | None = None,
     ) -> None:
         start = time.perf_counter()
         self.captured = captured
         self.sites, self.rejections = analyze(captured.graph)
-        self.guarded = check_graph(insert_guards(captured, self.sites, order), like=captured, stage="guarded")
+        narrower = None if history_dtype is None else getattr(torch, history_dtype)
+        guarded = insert_guards(captured, self.sites, order, narrower)
+        self.guarded = check_graph(guarded, like=captured, stage="guarded")
         self._compile_id = _torch.current_compile_id()
         self._trace("smoothcache_guarded", "A guard behind each site's output.", self.guarded)
         self.graphs: dict[Mask, GraphModule] = {}
@@ -76,8 +86,25 @@ class GraphBuilder:
 
     def buffers_of(self, site: Site) -> tuple[int, ...]:
         """Positions of a site's cache buffers."""
+        return tuple(node.meta[CACHE] for node in self._caches_of(site))
+
+    def history_bytes_of(self, site: Site) -> int:
+        """Bytes of the site's outputs as the history keeps one of each; 0 without a history."""
+        return sum(output_bytes(node) for node in self._caches_of(site) if node.meta[AGE] == 1)
+
+    def differences_of(self, site: Site) -> frozenset[int]:
+        """Positions of those of a site's cache buffers that hold a difference of outputs."""
+        caches = self._caches_of(site)
+        newest = {node.meta[CACHE] - node.meta[AGE]: node for node in caches if not node.meta[AGE]}
+        return frozenset(
+            node.meta[CACHE]
+            for node in caches
+            if holds_differences(newest[node.meta[CACHE] - node.meta[AGE]].meta["val"], node.meta["val"])
+        )
+
+    def _caches_of(self, site: Site) -> list[Node]:
         index = self.sites.index(site)
-        return tuple(node.meta[CACHE] for node in self._caches if node.meta["smoothcache_site"] == index)
+        return [node for node in self._caches if node.meta[SITE] == index]
 
     @property
     def buffer_count(self) -> int:

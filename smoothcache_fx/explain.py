@@ -169,8 +169,10 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     check_inference(model, args, kwargs)
     with torch.no_grad():
-        order = 0 if schedule is None else schedule.highest_order
-        session = _captured_only(model, order, args, kwargs) or _captured_and_run(model, order, args, kwargs)
+        history = Schedule(steps=1)
+        if schedule is not None:
+            history = Schedule(1, order=schedule.highest_order, history_dtype=schedule.history_dtype)
+        session = _captured_only(model, history, args, kwargs) or _captured_and_run(model, history, args, kwargs)
     try:
         return _explain_session(model, session, schedule)
     finally:
@@ -196,18 +198,20 @@ class _CaptureSession(Session):
         return _NotRun()
 
 
-def _new_session(kind: type[Session], model: torch.nn.Module, order: int) -> Session:
-    session = kind(Schedule(steps=1, order=order), inner_compiler("eager", None, None, None), Clock(1), model)
+def _new_session(kind: type[Session], model: torch.nn.Module, history: Schedule) -> Session:
+    session = kind(history, inner_compiler("eager", None, None, None), Clock(1), model)
     session.clock.tick()
     return session
 
 
-def _captured_only(model: torch.nn.Module, order: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session | None:
+def _captured_only(
+    model: torch.nn.Module, history: Schedule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Session | None:
     """The model's session after capture, or None if it is not one graph. Python between graphs may read values."""
     place, compiled = ForwardPlace(model), forward_of(model)
     if place.attribute != "forward":
         return None  # hooks move weights and inputs to where they can be captured
-    session = _new_session(_CaptureSession, model, order)
+    session = _new_session(_CaptureSession, model, history)
     forward = place.forward if compiled is None else compiled.original
     try:
         _torch.dynamo_compile(forward, session, fullgraph=True)(*args, **kwargs)
@@ -219,8 +223,10 @@ def _captured_only(model: torch.nn.Module, order: int, args: tuple[Any, ...], kw
     return None
 
 
-def _captured_and_run(model: torch.nn.Module, order: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
-    session = _new_session(Session, model, order)
+def _captured_and_run(
+    model: torch.nn.Module, history: Schedule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Session:
+    session = _new_session(Session, model, history)
     with _forward_replaced(model, session) as forward:
         forward(*args, **kwargs)
     return session

@@ -31,6 +31,10 @@ class SiteInfo:
     history: int
     flops: int
     cache_bytes: int
+    #: What one value of its history takes, of all outputs.
+    history_bytes: int = 0
+    #: Those of its buffers that hold a difference of outputs.
+    differences: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -206,8 +210,10 @@ class Binding:
             for site, stored in zip(self.sites, stream.stored, strict=True):
                 own = forecast.weights([times[at] for at in stored], times[step]) if stored else ()
                 for first in range(0, len(site.buffers), site.history):
-                    for age, weight in enumerate(own):
-                        values[site.buffers[first + age]] = weight
+                    buffers = site.buffers[first : first + site.history]
+                    differs = not site.differences.isdisjoint(buffers)
+                    for buffer, weight in zip(buffers, forecast.of_differences(own) if differs else own, strict=False):
+                        values[buffer] = weight
             if len(self._weights) > 4 * len(times):  # a sampler that misses steps has new ones again and again
                 self._weights.clear()
             found = self._weights[key] = builder.weights(values)

@@ -24,6 +24,9 @@ VERSION = 2
 #: The highest order of a forecast: beyond it noise in the outputs outgrows what is gained.
 HIGHEST_ORDER = 2
 
+#: Dtypes that the differences of a history can be kept in.
+HISTORY_DTYPES = ("float16", "bfloat16")
+
 
 @dataclass(frozen=True, repr=False)
 class Schedule:
@@ -43,6 +46,11 @@ class Schedule:
             outputs in a trajectory so far mean a lower degree.
         times: a position for each step, strictly rising or falling, such as its timestep or sigma: what the polynomial
             is one of in place of the step's index.
+        history_dtype: `float16` or `bfloat16`: where an output's dtype has more bytes, such as float32, the outputs
+            before the last are kept as differences from one to the next, in this dtype. That takes half of float32's
+            memory for them. What a forecast loses is the rounding of the differences, 2^-11 of each in float16 and
+            2^-8 in bfloat16, times their weights; the last output stays as it is. A difference beyond float16's
+            65504 counts as that. Outputs in float16 and bfloat16 keep theirs. None keeps all as they are.
         flops: selector -> FLOPs of all its sites, in any unit: the weights for `compute_fraction`. Needs an
             entry for each selector in `compute`; further selectors count as always computed.
 
@@ -55,6 +63,7 @@ class Schedule:
     order: int | Mapping[str, int] = 0
     flops: Mapping[str, float] | None = None
     times: Sequence[float] | None = None
+    history_dtype: str | None = None
 
     def __post_init__(self) -> None:
         steps = whole_number(self.steps, "steps", least=1)
@@ -80,6 +89,15 @@ class Schedule:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if self.history_dtype is None:
+            return
+        if self.history_dtype not in HISTORY_DTYPES:
+            raise ScheduleError(f"history_dtype is {self.history_dtype!r}, expected None, 'float16' or 'bfloat16'")
+        if not self.highest_order:
+            raise ScheduleError(
+                f"history_dtype is {self.history_dtype!r}, but order is {_plain(self.order)}, so that nothing has a "
+                "history; expected an order of 1 or 2, or no history_dtype"
+            )
 
     def row_for(self, site: SiteLike) -> tuple[bool, ...]:
         """One decision per step for `site` (anything with `name`, `group` and `kind`): True is compute.
@@ -154,6 +172,8 @@ class Schedule:
             f'  "flops": {json.dumps(_plain(self.flops))}',
             f'  "times": {json.dumps(_plain(self.times))}',
         ]
+        if self.history_dtype is not None:
+            lines.append(f'  "history_dtype": {json.dumps(self.history_dtype)}')
         Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
     @classmethod
@@ -171,6 +191,8 @@ class Schedule:
         keys = ("steps", "order", "compute", "flops", "times")
         if data.get("format") == FORMAT and data.get("version") == 1:
             data.setdefault("times", None)
+        if "history_dtype" in data:
+            keys = (*keys, "history_dtype")
         published = "format" not in data and data and all(isinstance(row, list) for row in data.values())
         if not published:
             check_header(data, path, format=FORMAT, version=VERSION, keys=keys, error=ScheduleError)
@@ -192,14 +214,16 @@ class Schedule:
             for key, row in self.compute.items()
         ]
         if self.highest_order:
-            lines.append(f"forecasts of order {_plain(self.order)}" + (", in its times" if self.times else ""))
+            times = ", in its times" if self.times else ""
+            history = f", with a history of differences in {self.history_dtype}" if self.history_dtype else ""
+            lines.append(f"forecasts of order {_plain(self.order)}{times}{history}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
         rows = {key: list(map(int, row)) for key, row in self.compute.items()}
         more = "".join(
-            f", {name}={_plain(value)}"
-            for name, value in (("flops", self.flops), ("times", self.times))
+            f", {name}={_plain(value)!r}"
+            for name, value in (("flops", self.flops), ("times", self.times), ("history_dtype", self.history_dtype))
             if value is not None
         )
         return f"Schedule(steps={self.steps}, compute={rows}, order={_plain(self.order)}{more})"
@@ -207,11 +231,12 @@ class Schedule:
     def __hash__(self) -> int:
         flops = None if self.flops is None else frozenset(self.flops.items())
         order = frozenset(self.order.items()) if isinstance(self.order, Mapping) else self.order
-        return hash((self.steps, frozenset(self.compute.items()), order, flops, self.times))
+        return hash((self.steps, frozenset(self.compute.items()), order, flops, self.times, self.history_dtype))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The read-only mappings can be neither pickled nor deep-copied.
-        return Schedule, (self.steps, dict(self.compute), _plain(self.order), _plain(self.flops), self.times)
+        plain = self.steps, dict(self.compute), _plain(self.order), _plain(self.flops)
+        return Schedule, (*plain, self.times, self.history_dtype)
 
 
 def _select(values: Mapping[str, Any], site: SiteLike, what: str, default: Any) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import runpy
 
 import pytest
 import torch
 from smoothcache_fx.passes import check_graph, count_flops, insert_guards, run_guarded, specialize
 from smoothcache_fx.passes.forecast import FORECAST
-from smoothcache_fx.passes.guard import placeholders
+from smoothcache_fx.passes.guard import guard, placeholders
 from smoothcache_fx.passes.specialize import variant_inputs
 from torch import nn
 
@@ -20,7 +21,9 @@ from capture import Stack, capture, inputs
 from cases import Branch, Case, random_rows, randomize, run_trajectory
 from models import CASES
 from oracle import Oracle
-from smoothcache_fx import Schedule, ScheduleError
+from smoothcache_fx import Schedule, ScheduleError, forecast
+from smoothcache_fx.demo.sampler import sample
+from smoothcache_fx.demo.weights import load_model
 from tolerances import Tolerance, assert_trajectories_close
 
 STEPS = 10
@@ -41,17 +44,26 @@ def held(case: Case) -> dict[str, Branch]:
     return renamed
 
 
-def check(case: Case, order: int, backend: str, dtype: torch.dtype = torch.float32, times=None) -> nn.Module:
+#: Half a unit in the last place of one, which is what rounding to the dtype can cost.
+HISTORY = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+#: Of trajectories whose history holds differences, against full precision: rounded differences times their weights.
+ROUNDED = {"float16": Tolerance(1e-3, 1e-3), "bfloat16": Tolerance(8e-3, 8e-3)}
+
+
+def check(
+    case: Case, order: int, backend: str, dtype: torch.dtype = torch.float32, times=None, history_dtype=None
+) -> nn.Module:
     _, rows = random_rows(list(case.branches), STEPS, seed=order)
     orders = {site: (index + order) % 3 for index, site in enumerate(rows)} if order > 2 else dict.fromkeys(rows, order)
-    schedule = Schedule(STEPS, rows, order=order if order < 3 else orders, times=times)
+    tolerance = ENLARGED[backend] if history_dtype is None else ROUNDED[history_dtype]
+    schedule = Schedule(STEPS, rows, order=order if order < 3 else orders, times=times, history_dtype=history_dtype)
     compiled = smoothcache.compile(case.build(0, dtype), schedule, backend=backend)
     with Oracle(case.build(0, dtype), held(case), rows, orders, times) as oracle:
         for seed in (1, 2):
             run = {"steps": STEPS, "seed": seed, "dtype": dtype}
             expected = run_trajectory(case, oracle.model, around=oracle.step, **run)
             actual = run_trajectory(case, compiled, **run)
-            assert_trajectories_close(actual, expected, ENLARGED[backend], f"{case.name}, seed {seed}")
+            assert_trajectories_close(actual, expected, tolerance, f"{case.name}, seed {seed}")
     report = smoothcache.report(compiled)
     assert not report.forced
     assert report.variants == len(set(zip(*rows.values(), strict=True))), "weights are inputs: no variant more"
@@ -101,17 +113,21 @@ def guarded():
     return program, insert_guards(program.builder.captured, program.builder.sites, 2)
 
 
-def test_the_guarded_graph_is_the_variants_reference(guarded):
+@pytest.mark.parametrize("history_dtype", [None, torch.float16], ids=str)
+def test_the_guarded_graph_is_the_variants_reference(guarded, history_dtype):
     """Caches and outputs of four steps of one variant each, from the same history."""
     program, graph = guarded
+    if history_dtype is not None:
+        graph = insert_guards(program.builder.captured, program.builder.sites, 2, history_dtype)
     check_graph(graph, like=program.builder.captured, stage="guarded")
     fakes = [node.meta["val"] for node in placeholders(graph.graph)]
     caches = [
-        torch.randn(fake.shape)
+        torch.randn(fake.shape).to(fake.dtype)
         for node, fake in zip(placeholders(graph.graph), fakes, strict=True)
         if "smoothcache_cache" in node.meta
     ]
     assert len(caches) == 3 * 4
+    assert [cache.dtype for cache in caches[:3]] == [torch.float32] + 2 * [history_dtype or torch.float32]
     weights = torch.randn(len(caches))
     values = [torch.randn(fake.shape) for fake in fakes[: len(placeholders(program.builder.captured.graph))]]
     for mask in ([True, False, True, False], [False] * 4, [True] * 4, [False, True, True, True]):
@@ -218,3 +234,123 @@ def test_an_order_for_nothing_is_refused():
     )
     with pytest.raises(ScheduleError, match="'[*].nothing', but the model has no such site"):
         steps_of(model, inputs(), 1)
+
+
+@pytest.mark.parametrize("times", [None, TIMES], ids=["steps", "times"])
+@pytest.mark.parametrize("history_dtype", HISTORY)
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_history_of_differences(order, history_dtype, times):
+    check(CASES["adaln_zero"], order, "eager", times=times, history_dtype=history_dtype)
+
+
+def test_a_history_of_differences_under_another_inner_compiler():
+    """Of sites of all orders side by side."""
+    check(CASES["joint"], 3, "aot_eager", history_dtype="float16")
+
+
+@pytest.mark.parametrize(("dtype", "history_dtype"), [(torch.float32, "float16"), (torch.bfloat16, None)], ids=str)
+def test_inductor_takes_forecasts_that_change_dtypes(dtype, history_dtype):
+    """A variant holds no op that Inductor expects to have taken apart at capture, such as a cast or a clamp of ATen."""
+    x, c = (value.to(dtype) for value in inputs())
+    outputs = {}
+    for backend in ("eager", "inductor"):
+        schedule = Schedule(3, {"attn": [1, 1, 0], "ffn": [1, 1, 0]}, order=1, history_dtype=history_dtype)
+        model = smoothcache.compile(randomize(Stack(1), 0).eval().to(dtype), schedule, backend=backend)
+        outputs[backend] = torch.stack(steps_of(model, (x, c), 1) + steps_of(model, (x * 2, c), 2)).float()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(outputs["inductor"], outputs["eager"], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("history_dtype", HISTORY)
+@pytest.mark.parametrize("order", [1, 2])
+def test_rounding_the_differences_is_all_that_a_forecast_loses(order, history_dtype):
+    """Bound for each number: half a unit in the last place of each difference, times its weight."""
+    dtype, steps = getattr(torch, history_dtype), (0, 1, 4, 6, 9)
+    values = 5 + torch.randn(len(steps), 4, 1000).cumsum(0)
+    caches = [torch.zeros(4, 1000, dtype=dtype if age else torch.float32) for age in range(order + 1)]
+    for number in range(len(steps)):
+        guard(values[number], caches[0], True, caches[1:])
+        held = list(range(number, max(-1, number - order - 1), -1))
+        weights = forecast.weights([steps[i] for i in held], steps[number] + 2)
+        own = forecast.of_differences(weights)
+        padded = torch.tensor([*own, *[0.0] * (order + 1 - len(own))])
+        actual = guard(values[number], caches[0], False, caches[1:], padded)
+        exact = sum(values[i].double() * weight for i, weight in zip(held, weights, strict=True))
+        bound = (
+            2e-5
+            + sum(  # and of float32's own roundings
+                (values[newer] - values[older]).abs() * abs(weight) * HISTORY[history_dtype]
+                for newer, older, weight in zip(held, held[1:], own[1:], strict=False)
+            )
+        )
+        assert ((actual - exact).abs() <= bound).all()
+
+
+def test_differences_beyond_float16_are_cut_off():
+    """The first is the output itself, has no weight, and must not be infinite: that times 0 is NaN."""
+    caches = [torch.zeros(3), *torch.zeros(2, 3, dtype=torch.float16)]
+    value = torch.tensor([1e6, -1e6, 1.0])
+    guard(value, caches[0], True, caches[1:])
+    assert caches[1].tolist() == [65504.0, -65504.0, 1.0]
+    assert torch.equal(guard(value, caches[0], False, caches[1:], torch.tensor([1.0, 0.0, 0.0])), value)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_outputs_beyond_float16_stay_finite(order):
+    """Outputs of 1e6 that do not change from step to step, so each forecast is one of them; in two trajectories."""
+    model = randomize(Stack(2), 0).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            for last in (block.attn.proj, block.mlp[2]):
+                last.weight.mul_(1e7)
+    values = inputs()
+    (expected,) = steps_of(model, values, 1)
+    smoothcache.compile(model, Schedule(6, ROWS, order=order, history_dtype="float16"), backend="eager")
+    for output in steps_of(model, values, 12):
+        torch.testing.assert_close(output, expected, rtol=1e-6, atol=0)
+    (program,) = model.forward.session.programs
+    (stream,) = program.bindings[0].streams.values()
+    held = [buffer for buffer in stream.buffers if buffer is not None]
+    assert all(buffer.isfinite().all() for buffer in held)
+    assert max(float(buffer.abs().max()) for buffer in held) > 1e6
+
+
+DEMO_ROWS = {
+    "attn": [1, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1],
+    "ffn": [1, 1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0, 1],
+}
+
+
+@pytest.mark.parametrize(("order", "history_dtype"), [(1, "float16"), (2, "bfloat16")])
+def test_on_a_trained_model_the_differences_lose_little(order, history_dtype):
+    """The error in the samples that rounding adds, 20 dB below what the forecasts themselves err by, or less."""
+    full, rounded = (
+        sample(
+            smoothcache.compile(
+                load_model(), Schedule(20, DEMO_ROWS, order=order, history_dtype=dtype), backend="eager"
+            ),
+            [0, 3, 5, 8],
+            steps=20,
+        )
+        for dtype in (None, history_dtype)
+    )
+    own, added = (full - sample(load_model(), [0, 3, 5, 8], steps=20)).norm(), (rounded - full).norm()
+    assert 0 < added and 20 * math.log10(own / added) >= 20
+
+
+@pytest.mark.parametrize(
+    ("dtype", "history_dtype", "share"),
+    [(torch.float32, "float16", 0.5), (torch.float64, "bfloat16", 0.25), (torch.bfloat16, "float16", 1.0)],
+    ids=str,
+)
+def test_the_memory_of_differences(dtype, history_dtype, share):
+    """Half of float32's, as predicted; outputs of 16 bits keep their dtype, and are no differences."""
+    model, values = randomize(Stack(2), 0).eval().to(dtype), [value.to(dtype) for value in inputs()]
+    schedule = Schedule(6, ROWS, order={"attn": 2, "blocks.1.mlp": 1}, history_dtype=history_dtype)
+    explanation = smoothcache.explain(model, *values, schedule=schedule)
+    smoothcache.compile(model, schedule, backend="eager")
+    steps_of(model, values, 6)
+    one, report = explanation.sites[0].cache_bytes, smoothcache.report(model)
+    assert explanation.prediction.cache_bytes == report.cache_bytes == one * (2 + 2 * 2 * share + 1 + 1 + share)
+    (program,) = model.forward.session.programs
+    assert len(program.bindings[0].sites[0].differences) == (0 if share == 1 else 2)

@@ -6,7 +6,7 @@ import copy
 import fnmatch
 import json
 import pickle
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import numpy as np
 import pytest
@@ -496,6 +496,36 @@ def test_any_json_loads_or_raises_a_schedule_error(tmp_path_factory, data):
 
 
 ORDERED = Schedule(3, {"attn": [1, 0, 1], "ffn": [1, 1, 0]}, order={"attn": 2, "*.1.ffn": 1}, times=[1.0, 0.6, 0.1])
+
+
+NARROW = Schedule(3, ORDERED.compute, order=1, history_dtype="bfloat16")
+
+
+def test_the_dtype_of_a_history_is_kept(tmp_path):
+    NARROW.save(tmp_path / "s.json")
+    loaded = Schedule.load(tmp_path / "s.json")
+    for same in (loaded, pickle.loads(pickle.dumps(NARROW)), copy.deepcopy(NARROW), eval(repr(NARROW))):
+        assert same == NARROW and hash(same) == hash(NARROW) and same.history_dtype == "bfloat16"
+    full = replace(NARROW, history_dtype=None)
+    assert full != NARROW and full == Schedule(3, ORDERED.compute, order=1)
+    assert str(NARROW).endswith("forecasts of order 1, with a history of differences in bfloat16")
+    full.save(tmp_path / "full.json")
+    assert "history_dtype" not in (tmp_path / "full.json").read_text(), "other versions read it too"
+
+
+@pytest.mark.parametrize(
+    ("history_dtype", "order", "message"),
+    [
+        ("float32", 1, "history_dtype is 'float32', expected None, 'float16' or 'bfloat16'"),
+        (torch.float16, 1, r"history_dtype is torch\.float16, expected None"),
+        (["float16"], 1, r"history_dtype is \['float16'\], expected None"),
+        ("float16", 0, "history_dtype is 'float16', but order is 0, so that nothing has a history"),
+        ("float16", {"attn": 0}, r"but order is \{'attn': 0\}"),
+    ],
+)
+def test_what_a_history_cannot_be(history_dtype, order, message):
+    with pytest.raises(ScheduleError, match=message):
+        Schedule(3, ORDERED.compute, order=order, history_dtype=history_dtype)
 
 
 def test_orders_and_times_are_kept(tmp_path):

@@ -22,7 +22,7 @@ WEIGHTS = {2: [1.5, -0.5], 3: [1.875, -1.25, 0.375]}
 
 
 def branch_of(values: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The weighted sum in float32, rounded to the values' dtype. Minus zero is what adds nothing to any number."""
+    """The weighted sum in float32, rounded to the first one's dtype. Minus zero is what adds nothing to any number."""
     terms = [(None, value, weight) for value, weight in zip(values, weights.tolist(), strict=True)]
     return expected(torch.full_like(values[0], -0.0), terms)
 
@@ -38,8 +38,8 @@ def weights_of(numbers: Sequence[float], start: int = 0, step: int = 1) -> Tenso
 @settings(max_examples=150)
 @given(data=st.data(), shape=shapes(), count=st.integers(2, 3), scale=st.sampled_from([1.0, 0.3, -2.0]))
 def test_any_shape_dtype_and_strides(data, shape, count, scale):
-    x_dtype, value_dtype, gate_dtype = (data.draw(st.sampled_from(DTYPES)) for _ in range(3))
-    x, *values = [data.draw(tensors(shape, dtype)) for dtype in (x_dtype, *[value_dtype] * count)]
+    x_dtype, value_dtype, older_dtype, gate_dtype = (data.draw(st.sampled_from(DTYPES)) for _ in range(4))
+    x, *values = [data.draw(tensors(shape, dtype)) for dtype in (x_dtype, value_dtype, *[older_dtype] * (count - 1))]
     gate_shape = data.draw(gate_shapes(shape))
     gate = None if gate_shape is None else data.draw(tensors(gate_shape, gate_dtype))
     numbers = data.draw(st.lists(st.floats(-3, 3, width=32), min_size=count, max_size=count))
@@ -61,6 +61,17 @@ def test_it_gives_the_bits_of_the_graphs_forecast(dtype, count):
     values, weights = [randn(2, 41, 130, dtype=dtype) for _ in range(count)], weights_of(WEIGHTS[count], 3)
     out = residual_forecast(x, gate, values, weights, 0.7)
     assert_same_bits(out, residual_load(x, gate, forecast(values, weights), 0.7))
+
+
+@pytest.mark.parametrize("count", WEIGHTS)
+@pytest.mark.parametrize("older", DTYPES, ids=str)
+def test_of_differences_too(older, count):
+    """A last output in float32 and differences in any dtype."""
+    x, gate, newest = randn(2, 41, 130, dtype=torch.bfloat16), randn(2, 1, 130), randn(2, 41, 130)
+    values = [newest, *(randn(2, 41, 130, dtype=older) for _ in range(count - 1))]
+    weights = weights_of([1.0, 0.875, -0.375][:count], 3)
+    out = residual_forecast(x, gate, values, weights, 0.7)
+    assert_same_bits(out, expected(x, [(gate, forecast(values, weights), 0.7)]))
 
 
 @pytest.mark.parametrize("count", WEIGHTS)
@@ -103,12 +114,7 @@ def operands(dtype: torch.dtype = torch.float32, count: int = 2) -> list[Tensor]
         (2, torch.zeros(2, 5, 8, dtype=torch.int32), TypeError, r"values\[0\] is torch.int32, expected one of"),
         (2, torch.zeros(2, 5, 1), ValueError, r"values\[0\] has shape \[2, 5, 1\], expected x's \[2, 5, 8\]"),
         (3, torch.zeros(5, 8), ValueError, r"values\[1\] has shape \[5, 8\], expected x's \[2, 5, 8\]"),
-        (
-            3,
-            torch.zeros(2, 5, 8).half(),
-            TypeError,
-            r"values\[1\] is torch.float16, expected values\[0\]'s torch.float",
-        ),
+        (3, torch.zeros(2, 5, 8, dtype=torch.float64), TypeError, r"values\[1\] is torch.float64, expected one of"),
         (4, torch.zeros(2).half(), TypeError, "weights is torch.float16, expected torch.float32"),
         (4, torch.zeros(3), ValueError, r"weights has shape \[3\], expected \[2\]"),
         (4, torch.zeros(2, 1), ValueError, r"weights has shape \[2, 1\], expected \[2\]"),
@@ -146,6 +152,12 @@ def test_another_device_is_refused(position, name):
 def test_opcheck(dtype, gate, count):
     x, gates, *values, weights = operands(dtype, count)
     torch.library.opcheck(residual_forecast, (x, gates if gate else None, values, weights, 0.5))
+
+
+def test_opcheck_of_mixed_dtypes():
+    x, gate, newest, *older, weights = operands(count=3)
+    values = [newest, *(value.half() for value in older)]
+    torch.library.opcheck(residual_forecast, (x, gate, values, weights, 0.5))
 
 
 def test_fake_tensors_show_what_a_run_gives():
@@ -187,13 +199,21 @@ def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch(x: Tensor, gate: Tensor | None, value: Tensor, count: int, weights: Tensor | None = None):
-    """What the op would launch for these operands."""
+def launch(
+    x: Tensor,
+    gate: Tensor | None,
+    value: Tensor,
+    count: int,
+    weights: Tensor | None = None,
+    older: Tensor | None = None,
+):
+    """What the op would launch for these operands; ``older`` stands for all values but the first."""
     from aot import record
 
     module = importlib.import_module("smoothcache_fx.kernels.residual_forecast")
     weights = meta((count,), FLOAT) if weights is None else weights
-    return record(module, "residual_forecast_kernel", lambda: module._launch(x, gate, [value] * count, weights, 1.0))
+    values = [value, *[value if older is None else older] * (count - 1)]
+    return record(module, "residual_forecast_kernel", lambda: module._launch(x, gate, values, weights, 1.0))
 
 
 def check_128_bits(recorder, capability: int, count: int, x: torch.dtype, value: torch.dtype, gate: torch.dtype | None):
@@ -233,6 +253,22 @@ def test_ahead_of_time_aligned_operands_are_accessed_128_bits_at_a_time(dtypes, 
     recorder = launch(meta(DIT, x), meta((2, 1, 1152), gate), meta(DIT, value), count)
     for capability in CAPABILITIES:
         check_128_bits(recorder, capability, count, *dtypes)
+
+
+@compiles
+@pytest.mark.parametrize("older", [HALF, BFLOAT16], ids=str)
+def test_ahead_of_time_differences_are_read_in_their_dtype(older):
+    """And in 128 bits at a time, though a thread's elements of the newest value take two of these."""
+    from aot import CAPABILITIES, compile_launch
+
+    recorder = launch(meta(DIT, FLOAT), meta((2, 1, 1152), FLOAT), meta(DIT, FLOAT), 3, older=meta(DIT, older))
+    for capability in CAPABILITIES:
+        artefact = compile_launch(recorder, capability)
+        assert [access for access in artefact.accesses if access[1] != 128] == [("ld", 32)] * 3, "weights only"
+        read = sum(bits for kind, bits in artefact.accesses if kind == "ld")
+        assert read == 64 * (3 * FLOAT.itemsize + 2 * older.itemsize) + 32 * 3
+        assert artefact.spilled_bytes() == (0, 0)
+        assert "fma.rn.f32" not in artefact.ptx and ".ftz" not in artefact.ptx, "not the arithmetic of the reference"
 
 
 @compiles

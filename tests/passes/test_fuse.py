@@ -106,6 +106,20 @@ def test_forecasts_of_both_orders(order, dtype):
             torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.1)
 
 
+def test_forecasts_from_differences():
+    """Through the views of each block's output; the store takes the difference before the kernel writes."""
+    (program,) = capture(Stack().eval(), *inputs())
+    guarded = insert_guards(program.builder.captured, program.builder.sites, 2, torch.float16)
+    variant = check_graph(specialize(guarded, {0}, orders=[2] * 4), like=program.builder.captured, stage="variant")
+    fused = check_graph(fuse(variant), like=program.builder.captured, stage="variant")
+    assert kernels(fused) == {"residual_store": 1, "residual_forecast": 3}
+    for node in fused.graph.nodes:
+        if packet(node) is ops.residual_forecast:
+            dtypes = [value.meta["val"].dtype for value in node.args[2]]
+            assert dtypes == [torch.float32, torch.float16, torch.float16]
+    check_equal(variant, fused)
+
+
 def test_two_streams_have_a_run_each():
     case = CASES["joint"]
     latents, (conditioning,) = case.inputs(1, torch.float32)

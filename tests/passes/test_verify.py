@@ -51,6 +51,28 @@ def test_a_cache_of_another_shape(builder):
     expect(guarded, builder, "guarded", "in a cache of")
 
 
+@pytest.mark.parametrize("ages", [(0,), (1,)], ids=["newest", "older"])
+def test_a_cache_of_another_dtype(builder, ages):
+    """Older ones may have a narrower dtype, all of them the same."""
+    guarded = insert_guards(builder.captured, builder.sites, 2, torch.float16)
+    check_graph(guarded, like=builder.captured, stage="guarded")
+    _, cache, _, older, _ = guards(guarded.graph)[0].args
+    for age in ages:
+        node = [cache, *older][age]
+        node.meta["val"] = node.meta["val"].to(torch.bfloat16)
+    expect(guarded, builder, "guarded", "in a cache of")
+
+
+def test_a_difference_from_what_is_overwritten(builder):
+    guarded = insert_guards(builder.captured, builder.sites, 1, torch.float16)
+    variant = specialize(guarded, {0, 1, 2, 3}, orders=[1] * 4)
+    check_graph(variant, like=builder.captured, stage="variant")
+    difference = next(node for node in variant.graph.nodes if node.target is aten.sub.Tensor)
+    write = next(user for user in difference.args[1].users if user.target is aten.copy_.default)
+    difference.prepend(write)
+    expect(variant, builder, "variant", "written by")
+
+
 def test_a_guard_on_the_wrong_inputs(builder):
     guarded = insert_guards(builder.captured, builder.sites)
     node = guards(guarded.graph)[0]
