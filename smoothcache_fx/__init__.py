@@ -18,6 +18,7 @@ from .prediction import Prediction
 from .recording import calibrate
 from .report import Report, report
 from .schedule import Schedule
+from .sensitivity import measure_sensitivity
 from .timing import timed
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "dump",
     "explain",
     "importers",
+    "measure_sensitivity",
     "remove",
     "report",
     "reset",

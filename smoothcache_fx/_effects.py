@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -85,8 +85,3 @@ class Effects:
             if isinstance(reason, CalibrationError):
                 raise
             raise CalibrationError(f"effects cannot be read: {reason}") from reason
-
-
-def covers(effects: Sequence[Effects | None]) -> bool:
-    """Whether there are effects in all."""
-    return bool(effects) and all(found is not None for found in effects)

@@ -12,7 +12,6 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from . import _torch
-from .passes.facts import packet
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
 
@@ -57,6 +56,13 @@ def _arguments(node: Node) -> dict[str, Any]:
     return defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
+def _is_view(node: Node) -> bool:
+    """Whether an op only looks at its input in another shape."""
+    schema = getattr(node.target, "_schema", None)
+    aliases = [value.alias_info for value in schema.returns if value.alias_info] if schema else []
+    return bool(aliases) and not any(alias.is_write for alias in aliases)
+
+
 def _base(node: Node) -> Node:
     while node.op != "placeholder" and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
@@ -64,11 +70,16 @@ def _base(node: Node) -> Node:
 
 
 def moved_on(gm: GraphModule) -> list[int]:
-    """Positions of the inputs that a graph copies into others before it writes to them: caches with a history."""
+    """Positions of the inputs that a graph reads and writes: caches with a history, which move on from old to older."""
     holders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    copies = [node for node in gm.graph.nodes if packet(node) is torch.ops.aten.copy_]
-    both = {copy.args[0] for copy in copies} & {copy.args[1] for copy in copies}
-    return [i for i, holder in enumerate(holders) if holder in both]
+    read: set[Node] = set()
+    written: set[Node] = set()
+    for node in gm.graph.nodes:
+        own = _written(node)
+        written |= own
+        if not _is_view(node):
+            read |= {_base(value) for value in node.all_input_nodes if node.op == "call_function"} - own
+    return [i for i, holder in enumerate(holders) if holder in read & written]
 
 
 def recorded_at_once(run: Boxed, sizes: Sequence[int], moved: Sequence[int]) -> Boxed:

@@ -94,12 +94,18 @@ def test_what_is_used_of_torch_cuda_exists():
 
 def test_the_frontier_of_quality(monkeypatch, capsys):
     """Lines through the last outputs are nearer to the uncached sample than the outputs, at the same arithmetic."""
-    run_script("quality", "--samples 2 --converged 60 --shares 0.3 --intervals 4 --backend eager", monkeypatch)
+    options = "--steps 20 --samples 2 --converged 60 --shares 0.4 --intervals 3 --calibrated 2 --lags 4"
+    run_script("quality", f"{options} --backend eager", monkeypatch)
     rows = re.findall(r"^(.+?)  +([\d.]+)  +([\d.]+) \(", capsys.readouterr().out, re.MULTILINE)
     found = {method: float(decibels) for method, _, decibels in rows}
-    assert {"fewer steps", "alpha", "every n-th step"} <= found.keys()
-    assert found["every n-th step, order 1"] > found["every n-th step"] + 6
-    assert found["every n-th step, order 2"] > found["every n-th step"] + 6
+    rows = ("every n-th step", "optimal")
+    assert {
+        "fewer steps",
+        "alpha",
+        *(f"{row}{order}" for row in rows for order in ("", ", order 1", ", order 2")),
+    } == set(found)
+    assert found["every n-th step, order 1"] > found["every n-th step"] + 3
+    assert found["optimal, order 1"] > found["every n-th step"] + 3
 
 
 def test_everything_that_needs_a_gpu_takes_twenty_minutes_at_most(monkeypatch):

@@ -395,7 +395,7 @@ def test_files_are_strict_json(tmp_path):
         raise AssertionError(f"{constant} is not JSON")
 
     data = json.loads((tmp_path / "calibration.json").read_text(), parse_constant=refuse)
-    assert (data["format"], data["version"]) == ("smoothcache_fx.calibration", 1)
+    assert (data["format"], data["version"]) == ("smoothcache_fx.calibration", 2)
     assert data["sites"][0]["mean"][1][:2] == [None, None]
 
 

@@ -118,17 +118,26 @@ def test_a_recording_is_made_at_the_first_call_for_each_size():
     assert seen == [[4, "x"]] * 3 + [[5, "x"]] * 2 + [[4, "x"], [5, "x"]]
 
 
-def test_a_history_moves_on_once_though_the_graph_runs_twice():
+@pytest.mark.parametrize(
+    "older_is, through, expected",
+    [
+        (lambda x, newest: newest, lambda cache: cache, ([1, 2], [5, 1])),
+        (lambda x, newest: x - newest, lambda cache: cache, ([1, -1], [5, 4])),
+        (lambda x, newest: x - newest, lambda cache: cache.view(1, 1), ([1, -1], [5, 4])),
+    ],
+    ids=["values", "differences", "written through a view"],
+)
+def test_a_history_moves_on_once_though_the_graph_runs_twice(older_is, through, expected):
     def step(x, newest, older):
-        older.copy_(newest)
-        newest.copy_(x)
+        older.copy_(older_is(x, newest))
+        through(newest).copy_(through(x))
         return x * 2
 
-    gm = make_fx(step, tracing_mode="fake")(*torch.randn(3, 2))
+    gm = make_fx(step, tracing_mode="fake")(*torch.randn(3, 1))
     assert may_run_twice(gm, [1, 2]) and moved_on(gm) == [1]
     x, newest, older = torch.tensor([[1.0], [2.0], [3.0]])
     call = recorded_at_once(lambda arguments: [gm(*arguments)], [], moved_on(gm))
-    for values in ([1, 2], [5, 1]):
+    for values in expected:
         call([x, newest, older])
         assert [newest.item(), older.item()] == values
         x = torch.tensor([5.0])
