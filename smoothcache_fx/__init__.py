@@ -3,6 +3,7 @@
 from . import importers
 from ._version import __version__
 from .calibration import Calibration
+from .choice import Choice, choose
 from .comparison import Comparison, compare
 from .compiler import compile, disabled, remove, reset
 from .errors import (
@@ -24,6 +25,7 @@ from .timing import timed
 __all__ = [
     "Calibration",
     "CalibrationError",
+    "Choice",
     "Comparison",
     "CompiledError",
     "Explanation",
@@ -36,6 +38,7 @@ __all__ = [
     "StepError",
     "__version__",
     "calibrate",
+    "choose",
     "compare",
     "compile",
     "disabled",
