@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ._plans import even_row
+from ._plans import even_row, joint_plan
 from ._rows import scalar
 from .calibration import Calibration
 from .comparison import Metric, as_vector, psnr
@@ -79,6 +79,8 @@ def choose(
     lags: int = 5,
     trajectories: int = 20,
     probes: int = 4,
+    calibration: Calibration | None = None,
+    steps: int | None = None,
     calls_per_step: int = 1,
     backend: str = "eager",
     progress: bool = True,
@@ -102,12 +104,17 @@ def choose(
         lags: the longest reuse.
         trajectories: how often ``sample`` may be run in all.
         probes: steps probed for sensitivities.
+        calibration: in place of calibrating and probing, such as ``Choice.calibration`` of the same ``sample`` for
+            another budget; ``sample`` is run uncached once all the same, to compare with. ``lags`` and ``probes`` then
+            have no effect.
+        steps: of a trajectory, if they cannot be seen from the timesteps.
         calls_per_step, backend, options: as for ``compile``. The default backend compiles nothing.
         progress: show progress bars (needs tqdm).
 
     Raises:
         CalibrationError: if not exactly one of compute and at_least is given, one argument is out of range,
-            ``trajectories`` leaves none to try a schedule, or no schedule meets the budget.
+            ``trajectories`` leaves none to try a schedule, no schedule meets the budget, or ``calibration``
+            was not made with as high an order.
     """
     if (compute is None) == (at_least is None):
         raise CalibrationError(f"compute is {compute} and at_least is {at_least}; give exactly one of them")
@@ -116,26 +123,32 @@ def choose(
         raise CalibrationError(f"compute or at_least is {wanted!r}, expected a number")
     if not orders or any(order not in range(HIGHEST_ORDER + 1) for order in orders):
         raise CalibrationError(f"orders are {orders!r}, expected some of 0, 1 and 2")
-    before = probes + 2
+    before = probes + 2 if calibration is None else 1
     if not trajectories > before:
         raise CalibrationError(
-            f"trajectories is {trajectories}, of which calibration and {probes} probes take {before}: none is left to "
-            "try a schedule with; allow more, or probe less"
+            f"trajectories is {trajectories}, of which calibration and probes take {before}: none is left to try a "
+            "schedule with; allow more, or probe less"
         )
-    seen: list[Any] = []
-    calibration = calibrate(
-        model_or_pipeline,
-        lambda model: seen.append(sample(model)),
-        lags=lags,
-        order=max(orders),
-        calls_per_step=calls_per_step,
-        progress=progress,
-    )
-    reference = seen[0]
-    as_vector(reference)  # an error before many runs, if nothing can be measured of it
-    calibration = measure_sensitivity(
-        model_or_pipeline, sample, calibration, probes=probes, calls_per_step=calls_per_step, progress=progress
-    )
+    if calibration is None:
+        seen: list[Any] = []
+        calibration = calibrate(
+            model_or_pipeline,
+            lambda model: seen.append(sample(model)),
+            lags=lags,
+            order=max(orders),
+            steps=steps,
+            calls_per_step=calls_per_step,
+            progress=progress,
+        )
+        reference = seen[0]
+        as_vector(reference)  # an error before many runs, if nothing can be measured of it
+        calibration = measure_sensitivity(
+            model_or_pipeline, sample, calibration, probes=probes, calls_per_step=calls_per_step, progress=progress
+        )
+    else:
+        joint_plan(calibration, max(orders), None)  # an error if it lacks what predictions need
+        reference = sample(model_or_pipeline)
+        as_vector(reference)
     trials: list[Trial] = []
 
     def tried(candidates: Iterator[tuple[str, Schedule, float]], most: int) -> Iterator[Trial]:

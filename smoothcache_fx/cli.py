@@ -25,6 +25,7 @@ from .cli_models import (
     value_given,
 )
 from .errors import ScheduleError, SmoothCacheError
+from .schedule import HISTORY_DTYPES
 
 if TYPE_CHECKING:
     from .explain import Explanation
@@ -107,6 +108,10 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument("factory", help=f"{FACTORY} a model or pipeline, and a function that samples with it")
     calibrate.add_argument("-o", "--output", type=Path, required=True, help="the calibration file")
     calibrate.add_argument("--lags", type=int, default=3, help="how many steps back to look (3)")
+    calibrate.add_argument("--order", type=int, help="also measure what optimal schedules of forecasts up to it need")
+    calibrate.add_argument(
+        "--probes", type=int, help="with --order: runs to see how errors at a step reach the end (4; 0 for none)"
+    )
     calibrate.add_argument("--steps", type=int, help="of a trajectory, if the model has no timestep to tell it by")
     calibrate.add_argument("--calls-per-step", type=int, default=1, help="of a bare model (1)")
     calibrate.add_argument("--progress", action=argparse.BooleanOptionalAction, help=PROGRESS)
@@ -120,9 +125,38 @@ def parser() -> argparse.ArgumentParser:
     rule.add_argument("--compute", type=float, help="the largest share of the branches' FLOPs to compute")
     rule.add_argument("--interval", type=int, help="compute every so many steps (FORA); needs --steps")
     schedule.add_argument("--steps", type=int, help="for --interval")
+    schedule.add_argument(
+        "--solver", choices=("greedy", "optimal"), help="of --compute: the paper's rule, or the least predicted error"
+    )
+    schedule.add_argument(
+        "--rows", choices=("joint", "group", "site"), help="of --solver optimal: what has a row of its own"
+    )
     schedule.add_argument("--order", type=int, default=0, help="of the forecasts that reused branches read (0)")
+    schedule.add_argument(
+        "--history-dtype", choices=HISTORY_DTYPES, help="keep the history of forecasts as differences in this dtype"
+    )
     schedule.add_argument("-o", "--output", type=Path, help="the schedule file")
     schedule.add_argument("--json", action="store_true", help="for machines")
+
+    choose = command(
+        "choose",
+        _choose,
+        "sample with the most promising schedules, and take the best for a budget, or the cheapest for a quality",
+        "choose my_model.py:build --compute 0.4 -o schedule.json",
+        "choose my_model.py:build --at-least 35 -o schedule.json",
+    )
+    choose.add_argument("factory", help=f"{FACTORY} a model or pipeline, and a function that samples with it")
+    wanted = choose.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--compute", type=float, help="the largest share of the branches' FLOPs to compute")
+    wanted.add_argument("--at-least", type=float, help="the PSNR to the uncached samples to reach, in dB")
+    choose.add_argument("-o", "--output", type=Path, required=True, help="the schedule file")
+    choose.add_argument("--orders", type=int, nargs="+", default=(0, 1, 2), help="of the forecasts to try (0 1 2)")
+    choose.add_argument("--lags", type=int, default=5, help="the longest reuse (5)")
+    choose.add_argument("--trajectories", type=int, default=20, help="how often to sample in all, at most (20)")
+    choose.add_argument("--probes", type=int, default=4, help="of them, to see how errors at a step reach the end (4)")
+    choose.add_argument("--steps", type=int, help="of a trajectory, if the model has no timestep to tell it by")
+    choose.add_argument("--calls-per-step", type=int, default=1, help="of a bare model (1)")
+    choose.add_argument("--progress", action=argparse.BooleanOptionalAction, help=PROGRESS)
 
     convert = command(
         "convert",
@@ -264,6 +298,10 @@ def _explain_class(options: argparse.Namespace, schedule: Schedule | None) -> Ex
 
 def _calibrate(options: argparse.Namespace) -> None:
     from .recording import calibrate
+    from .sensitivity import measure_sensitivity
+
+    if options.probes and options.order is None:
+        raise ValueError("--probes is for optimal schedules: give --order, that of the forecasts they may have")
 
     model, sample = made_by(options.factory, "a model or pipeline and a function")
     with progress(model, options.progress):
@@ -271,10 +309,16 @@ def _calibrate(options: argparse.Namespace) -> None:
             model,
             sample,
             lags=options.lags,
+            order=options.order,
             steps=options.steps,
             calls_per_step=options.calls_per_step,
             progress=False,
         )
+        probes = 4 if options.probes is None and options.order is not None else options.probes
+        if probes:
+            calibration = measure_sensitivity(
+                model, sample, calibration, probes=probes, calls_per_step=options.calls_per_step, progress=False
+            )
     calibration.save(options.output)
     print(calibration)
 
@@ -286,13 +330,20 @@ def _schedule(options: argparse.Namespace) -> None:
     if options.interval is not None:
         if options.steps is None or options.calibration is not None:
             raise ValueError("--interval needs --steps, and no calibration: it computes every so many steps")
+        if options.solver or options.rows:
+            raise ValueError("--solver and --rows are for --compute; --interval says the rows itself")
         schedule = Schedule.uniform(options.steps, options.interval)
     elif options.calibration is None:
         raise ValueError("--alpha and --compute need a calibration file: smoothcache calibrate makes one")
     else:
         calibration = Calibration.load(options.calibration)
-        schedule = calibration.schedule(alpha=options.alpha, compute=options.compute)
-    schedule = dataclasses.replace(schedule, order=options.order)
+        solver = options.solver or "greedy"
+        if options.rows and solver == "greedy":
+            raise ValueError("--rows is for --solver optimal; the greedy solver gives each group a row")
+        schedule = calibration.schedule(
+            alpha=options.alpha, compute=options.compute, solver=solver, order=options.order, rows=options.rows
+        )
+    schedule = dataclasses.replace(schedule, order=options.order, history_dtype=options.history_dtype)
     if options.output is not None:
         schedule.save(options.output)
     if options.json:
@@ -300,6 +351,29 @@ def _schedule(options: argparse.Namespace) -> None:
         print(json.dumps({"steps": schedule.steps, "order": schedule.order, "compute": rows}))
     else:
         print(schedule)
+
+
+def _choose(options: argparse.Namespace) -> None:
+    from .choice import choose
+
+    model, sample = made_by(options.factory, "a model or pipeline and a function")
+    with progress(model, options.progress):
+        found = choose(
+            model,
+            sample,
+            compute=options.compute,
+            at_least=options.at_least,
+            orders=options.orders,
+            lags=options.lags,
+            trajectories=options.trajectories,
+            probes=options.probes,
+            steps=options.steps,
+            calls_per_step=options.calls_per_step,
+            progress=False,
+        )
+    found.schedule.save(options.output)
+    print(found)
+    print(found.schedule)
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -14,7 +14,8 @@ from .calibration import ALL, Calibration
 from .clock import Clock
 from .comparison import as_vector, relative_l2
 from .errors import CalibrationError
-from .recording import Recorder, observing
+from .observing import observing
+from .recorder import Recorder
 from .scheduler_clock import DenoiserClock
 
 

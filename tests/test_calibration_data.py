@@ -537,7 +537,7 @@ def changed(path: list[str | int], value: object) -> object:
             "format 'smoothcache_fx.schedule', expected 'smoothcache_fx.cal",
         ),
         (changed(["format"], ...), "format None"),
-        (changed(["version"], 2), "version 2 .*upgrade"),
+        (changed(["version"], 3), "version 3 .*upgrade"),
         (changed(["sites"], ...), r"missing \['sites'\]"),
         (changed(["alpha"], 1), r"unknown \['alpha'\]"),
         (changed(["steps"], "6"), "steps is '6'"),

@@ -46,6 +46,19 @@ def test_the_best_of_a_budget(model):
     ] == f"({choice.trajectories} runs of sample)"
 
 
+def test_a_calibration_serves_several_budgets(model):
+    arguments = {"orders": (0, 1), "lags": 3, "probes": 2, "trajectories": 9, "progress": False}
+    first = smoothcache.choose(model, run, compute=0.5, **arguments)
+    runs.clear()
+    again = smoothcache.choose(
+        model, run, compute=0.5, calibration=first.calibration, **(arguments | {"trajectories": 6})
+    )
+    assert again.trials == first.trials and len(runs) == again.trajectories == 6
+    with pytest.raises(CalibrationError, match="order 2"):
+        smoothcache.choose(model, run, compute=0.5, calibration=first.calibration, orders=(2,), progress=False)
+    assert len(runs) == 6
+
+
 def test_the_cheapest_that_is_good_enough(model):
     arguments = {"lags": 3, "probes": 2, "orders": (1,), "progress": False}
     choice = smoothcache.choose(model, run, at_least=30.0, trajectories=16, **arguments)

@@ -357,6 +357,27 @@ def test_doctor_names_what_is_missing(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_optimal_schedules(factories, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["calibrate", "factories:sampler", "--steps", "8", "--order", "1"]
+    assert main([*command, "-o", "c.json", "--probes", "2"]) == 0
+    calibration = Calibration.load("c.json")
+    assert calibration.effects is not None and "*" in calibration.sensitivity
+    assert main([*command, "-o", "unprobed.json", "--probes", "0"]) == 0
+    assert not Calibration.load("unprobed.json").sensitivity
+    command = ["schedule", "c.json", "--compute", "0.5", "--solver", "optimal", "-o", "s.json"]
+    assert main([*command, "--order", "1", "--history-dtype", "bfloat16"]) == 0
+    best = calibration.schedule(compute=0.5, solver="optimal", order=1)
+    assert Schedule.load("s.json") == replace(best, history_dtype="bfloat16")
+    assert main([*command, "--rows", "site"]) == 0
+    assert Schedule.load("s.json") == calibration.schedule(compute=0.5, solver="optimal", rows="site")
+    capsys.readouterr()
+    command = ["choose", "factories:sampler", "--steps", "8", "--orders", "0", "1", "--lags", "3", "--probes", "1"]
+    assert main([*command, "--compute", "0.5", "--trajectories", "6", "-o", "best.json"]) == 0
+    assert "(6 runs of sample)" in capsys.readouterr().out
+    assert 0 < Schedule.load("best.json").compute_fraction <= 0.5
+
+
 def test_the_self_test():
     assert str(doctor.run_self_test()).startswith("ok      self-test: compiled and cached on ")
 
@@ -385,7 +406,9 @@ def test_the_self_test_tells_what_fails(monkeypatch):
         (["explain", "{factories}:sampler"], "gave function as inputs, expected a tuple or a dict"),
         (["schedule", "--alpha", "0.1"], "need a calibration file"),
         (["schedule", "--interval", "2"], "--interval needs --steps"),
+        (["schedule", "--interval", "2", "--steps", "4", "--solver", "optimal"], "--interval says the rows itself"),
         (["schedule", "{factories}", "--alpha", "0.1"], "is no calibration file"),
+        (["calibrate", "{factories}:sampler", "--probes", "2", "-o", "c.json"], "give --order"),
         (["convert", "none.json", "ours.json"], "cannot read the schedule file 'none.json'"),
         (["plot", "{factories}", "-o", "x.png"], "is no schedule file"),
     ],
@@ -401,7 +424,7 @@ def test_bad_input_is_told_without_a_traceback(arguments, message, factories, ca
 def test_every_command_has_help_with_an_example(capsys):
     (commands,) = (action for action in parser()._actions if action.dest == "command")
     assert set(commands.choices) == {
-        *("demo", "explain", "calibrate", "schedule", "convert", "plot", "compare", "diff", "doctor"),
+        *("demo", "explain", "calibrate", "schedule", "choose", "convert", "plot", "compare", "diff", "doctor"),
     }
     for name in commands.choices:
         with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,168 @@
+"""Observe a model or pipeline while it samples: what stands in ``forward``, and how many steps were taken."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .clock import Call, Clock, TimestepReader
+from .compiler import check_compilable
+from .errors import CalibrationError
+from .forward import ForwardPlace, check_inference, no_sites_error
+from .pipelines import denoisers, follow_cache_context, is_pipeline
+from .recorder import Recorder
+from .scheduler_clock import DenoiserClock, SchedulerClock
+from .traced import Traced
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=Recorder)
+
+
+class _ObservedForward:
+    """What stands in the module's ``forward`` while it is calibrated."""
+
+    def __init__(self, model: torch.nn.Module, original: Callable[..., Any], recorder: Recorder, progress: Any) -> None:
+        functools.update_wrapper(self, original, updated=())
+        self.model = model
+        self.recorder = recorder
+        self.progress = progress
+        self.lengths: list[int] = []
+        self._timestep = TimestepReader(original)
+        self._compiled = Traced(original, recorder)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        check_inference(self.model, args, kwargs)
+        clock = self.recorder.clock
+        clock.enter(Call(type(self.model).__name__, self._timestep, args, kwargs), wait=True)
+        if clock.trajectories > len(self.lengths):
+            self.lengths.append(0)
+        # The call may write to its own inputs.
+        again = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs)) if self.recorder.calls_again else None
+        with torch.no_grad():
+            output = self._compiled(*args, **kwargs)
+            if again is not None:
+                output = self.recorder.call_again(lambda: self._compiled(*again[0], **again[1]), output)
+        if not self.recorder.sites:
+            raise no_sites_error(self.model, self.recorder)
+        self.lengths[-1] += 1
+        self.progress.update()
+        return output
+
+
+@dataclass
+class Observed(Generic[R]):
+    """A model or pipeline whose denoisers are observed: a recorder each, and the steps of each trajectory so far."""
+
+    recorders: list[R]
+    steps: Callable[[], int]
+
+
+@contextlib.contextmanager
+def observing(
+    model_or_pipeline: Any,
+    recorder: Callable[[torch.nn.Module, Clock | DenoiserClock], R],
+    steps: int | None,
+    calls_per_step: int,
+    progress: bool,
+) -> Iterator[Observed[R]]:
+    """Observe while the ``with`` lasts. The model is then as it was; what was kept of outputs is freed."""
+    with _progress_bar(progress) as bar, contextlib.ExitStack() as restore:
+        if not is_pipeline(model_or_pipeline):
+            check_compilable(model_or_pipeline)
+            only = recorder(model_or_pipeline, Clock(steps, calls_per_step))
+            forward = _observe(only, model_or_pipeline, bar, restore)
+            yield Observed([only], lambda: _whole_steps(forward.lengths, calls_per_step, steps))
+            return
+        models = denoisers(model_or_pipeline).values()
+        if calls_per_step != 1:
+            raise CalibrationError("calls_per_step is for bare models: a pipeline's scheduler ends a step")
+        shared = SchedulerClock(steps)
+        recorders = []
+        for model in models:
+            check_compilable(model)
+            recorders.append(recorder(model, DenoiserClock(shared)))
+            _observe(recorders[-1], model, bar, restore)
+            restore.callback(follow_cache_context(model, recorders[-1].clock))
+        restore.callback(shared.detach)
+        shared.attach(model_or_pipeline)
+        yield Observed(recorders, lambda: _steps_of(shared))
+
+
+def _observe(
+    recorder: Recorder, model: torch.nn.Module, progress: Any, restore: contextlib.ExitStack
+) -> _ObservedForward:
+    """Put the observer in the model's forward, and what takes it off again on ``restore``."""
+    place = ForwardPlace(model)
+    observed = _ObservedForward(model, place.forward, recorder, progress)
+    place.put(observed)
+    restore.callback(recorder.forget)
+    restore.callback(_take_off, observed, place)
+    return observed
+
+
+def _take_off(observed: _ObservedForward, place: ForwardPlace) -> None:
+    now = ForwardPlace(place.model)
+    if now.forward is observed:
+        now.put(place.forward)
+
+
+def _steps_of(shared: SchedulerClock) -> int:
+    """Steps of each of the pipeline's runs."""
+    shared.finish()
+    if not shared.trajectories:
+        raise CalibrationError(
+            "sample did not run the pipeline's denoisers between its scheduler's set_timesteps and last step: it must "
+            "run the whole pipeline that it is given. For a sampling loop of your own give calibrate the model itself"
+        )
+    if len(shared.lengths) > 1 or shared.unfinished:
+        raise CalibrationError(
+            f"the runs had {', '.join(map(str, sorted(shared.lengths)))} timesteps, {shared.unfinished} ended early: "
+            "sample must run the pipeline to the end, with the same number of steps each time"
+        )
+    (steps,) = shared.lengths
+    return steps
+
+
+def _whole_steps(lengths: list[int], calls_per_step: int, steps: int | None) -> int:
+    """Steps of each trajectory, given how many calls each took."""
+    if not lengths:
+        raise CalibrationError(
+            "sample did not call the model: it must run whole trajectories with the model it is given"
+        )
+    expected = steps * calls_per_step if steps else lengths[0]
+    if set(lengths) != {expected} or expected % calls_per_step:
+        wanted = f"{expected} each" if steps else f"one multiple of calls_per_step ({calls_per_step}) for all"
+        raise CalibrationError(
+            f"the trajectories took {', '.join(map(str, lengths))} calls of the model, expected {wanted}: sample must "
+            "run whole trajectories of the same number of steps"
+        )
+    return lengths[0] // calls_per_step
+
+
+def _progress_bar(show: bool) -> Any:
+    if show:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            log.info("no progress bar: tqdm is not installed")
+        else:
+            return tqdm(desc="calibrating", unit=" calls")
+    return _NoProgress()
+
+
+class _NoProgress(contextlib.AbstractContextManager[Any]):
+    """Stands where a progress bar would."""
+
+    def __exit__(self, *details: object) -> None:
+        pass
+
+    def update(self) -> None:
+        pass
