@@ -23,6 +23,7 @@ TEST = [
     "hypothesis",
     "peft",
     "pytest",
+    "pytest-xdist",
     # The noise of Stable Audio's sampler.
     "torchsde",
     "transformers",

@@ -2,9 +2,11 @@
 
 The package's trained DiT with guidance 1.5, the same noise for all, by Euler's, the DDIM or the DPM-Solver++ sampler:
 uncached, with fewer steps, and with schedules at about equal arithmetic. Those are the paper's greedy rule (alpha),
-every n-th step (FORA), the same with forecasts (TaylorSeer), optimal rows, and what `choose` takes. Paired samples are
-compared with the uncached ones and with those of four times the steps, which the sampler converges to; of the methods
-in `JUDGED` also whole sets of images with real ones. What is calibrated is calibrated on other noise.
+every n-th step (FORA), the same with forecasts (TaylorSeer), optimal rows, and what `choose` takes, also with a history
+of differences in a narrower dtype. What is calibrated is calibrated on other noise.
+
+Paired samples are compared with the uncached ones, and with those of four times the steps, which the sampler converges
+to. Of the methods in `JUDGED` whole sets of images are compared with real ones.
 
 Sampling takes long: ``--folder`` keeps schedules and images, so that a run that was cut goes on.
 ``--times`` measures wall time of the judged methods for the plans that a run left there, and wants a quiet machine.
@@ -35,7 +37,7 @@ from smoothcache_fx.comparison import psnr
 from smoothcache_fx.demo.data import load_digits
 from smoothcache_fx.demo.metrics import Classifier, frechet_distance, real_frechet_distance
 from smoothcache_fx.demo.weights import load_model
-from smoothcache_fx.schedule import Schedule
+from smoothcache_fx.schedule import HISTORY_DTYPES, Schedule
 
 ORDERS = (0, 1, 2)
 #: Of these as many images are made as a distribution takes; of the others, ``--paired``.
@@ -46,9 +48,10 @@ RESAMPLINGS = 40
 
 @dataclass(frozen=True)
 class Point:
-    """A method at one budget; the schedule of "fewer steps" has fewer steps and computes all."""
+    """A method at one budget, a share of the arithmetic; the schedule of "fewer steps" has fewer, and computes all."""
 
     method: str
+    budget: float
     schedule: Schedule
 
     def share(self, steps: int) -> float:
@@ -59,14 +62,15 @@ class Point:
 def plan(model: torch.nn.Module, sampler: Sampler, arguments: argparse.Namespace) -> list[Point]:
     """All points; rows of every n-th step compute the last step too, as those by alpha do."""
     steps = arguments.steps
-    points = [Point("uncached", Schedule(steps))]
+    points = [Point("uncached", 1.0, Schedule(steps))]
     for interval in arguments.intervals:
         uniform = Schedule.uniform(steps, interval, kinds=("attn", "ffn"))
         uniform = replace(uniform, compute={kind: (*row[:-1], True) for kind, row in uniform.compute.items()})
-        points.append(Point("every n-th step", uniform))
-        points += [Point(f"TaylorSeer, order {order}", replace(uniform, order=order)) for order in ORDERS[1:]]
-    shares = sorted({*arguments.shares, *(point.share(steps) for point in points[1:])}, reverse=True)
-    points += [Point("fewer steps", Schedule(round(share * steps))) for share in shares]
+        share = uniform.compute_fraction
+        points.append(Point("every n-th step", share, uniform))
+        points += [Point(f"TaylorSeer, order {order}", share, replace(uniform, order=order)) for order in ORDERS[1:]]
+    shares = sorted({*arguments.shares, *(point.budget for point in points[1:])}, reverse=True)
+    points += [Point("fewer steps", share, Schedule(round(share * steps))) for share in shares]
 
     def one_by_one(model: torch.nn.Module) -> None:
         for seed in range(10):  # as the paper calibrates: ten samples
@@ -76,8 +80,8 @@ def plan(model: torch.nn.Module, sampler: Sampler, arguments: argparse.Namespace
     for share in shares:
         with contextlib.suppress(smoothcache.CalibrationError):  # three lags do not reach as low as all shares
             rows = greedy.schedule(compute=share)
-            points.append(Point("alpha", rows))
-            points += [Point(f"alpha, order {order}", replace(rows, order=order)) for order in ORDERS[1:]]
+            points.append(Point("alpha", share, rows))
+            points += [Point(f"alpha, order {order}", share, replace(rows, order=order)) for order in ORDERS[1:]]
 
     def together(model: torch.nn.Module) -> Tensor:
         return sampler.run(model, torch.arange(arguments.calibrated) % 10, steps, 1)
@@ -85,13 +89,15 @@ def plan(model: torch.nn.Module, sampler: Sampler, arguments: argparse.Namespace
     calibration = smoothcache.calibrate(model, together, lags=arguments.lags, order=max(ORDERS), progress=False)
     calibration = smoothcache.measure_sensitivity(model, together, calibration, progress=False)
     for share in shares:
-        points += [
-            Point(f"optimal, order {order}", calibration.schedule(compute=share, solver="optimal", order=order))
-            for order in ORDERS
-        ]
+        for order in ORDERS:
+            best = calibration.schedule(compute=share, solver="optimal", order=order)
+            points.append(Point(f"optimal, order {order}", share, best))
         choice = smoothcache.choose(model, together, compute=share, calibration=calibration, progress=False)
         print(f"{choice}\n", flush=True)
-        points.append(Point("chosen", choice.schedule))
+        points.append(Point("chosen", share, choice.schedule))
+        if choice.schedule.highest_order:
+            narrow = ((dtype, replace(choice.schedule, history_dtype=dtype)) for dtype in HISTORY_DTYPES)
+            points += [Point(f"chosen, history in {dtype}", share, schedule) for dtype, schedule in narrow]
     return points
 
 
@@ -99,12 +105,12 @@ def kept_plan(folder: Path, make: Callable[[], list[Point]]) -> list[Point]:
     """The points of an earlier run in the folder, or those that ``make`` gives."""
     index = folder / "points.json"
     if index.exists():
-        methods = json.loads(index.read_text())
-        return [Point(method, Schedule.load(folder / f"{i}.json")) for i, method in enumerate(methods)]
+        named = json.loads(index.read_text())
+        return [Point(*point, Schedule.load(folder / f"{i}.json")) for i, point in enumerate(named)]
     points = make()
     for i, point in enumerate(points):
         point.schedule.save(folder / f"{i}.json")
-    index.write_text(json.dumps([point.method for point in points]))
+    index.write_text(json.dumps([(point.method, point.budget) for point in points]))
     return points
 
 
@@ -134,60 +140,65 @@ def set_figures(images: Tensor, labels: Tensor, classifier: Classifier, real: Te
     }
 
 
-def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Sample all points, print and return their figures."""
+def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, Any]], None]) -> None:
+    """Sample all points and print their figures; save what there is after the pairs and after each budget's sets."""
     sampler = SAMPLERS[arguments.sampler]
     model = load_model("cuda" if torch.cuda.is_available() else "cpu")
     points = kept_plan(folder, lambda: plan(model, sampler, arguments))
-    paired = arguments.paired
-    batches = -(-arguments.images // paired)
-    labels = torch.arange(paired) % model.num_classes
-    classifier, real = Classifier(), load_digits().held_out_images
+    batches = -(-arguments.images // arguments.paired)
+    labels = torch.arange(arguments.paired) % model.num_classes
 
-    def batch(sampled: torch.nn.Module, steps: int, index: int) -> Tensor:
-        return sampler.run(sampled, labels, steps, 5 + index).cpu()
-
-    def images(schedule: Schedule, count: int) -> Tensor:
-        number = next(i for i, point in enumerate(points) if point.schedule == schedule)
+    def images(point: Point, count: int) -> Tensor:
+        """Batches of the schedule's first point, which may serve several."""
+        number = next(i for i, other in enumerate(points) if other.schedule == point.schedule)
         sampled: list[torch.nn.Module] = []  # made when it is needed
 
         def make(index: int) -> Tensor:
             if not sampled:
-                sampled.append(cached_copy(model, schedule, arguments.backend))
-            return batch(sampled[0], schedule.steps, index)
+                sampled.append(cached_copy(model, point.schedule, arguments.backend))
+            return sampler.run(sampled[0], labels, point.schedule.steps, 5 + index).cpu()
 
         return torch.cat([kept_images(folder / f"{number}-{i}.pt", lambda i=i: make(i)) for i in range(count)])
 
-    def converge() -> Tensor:
-        return batch(model, 4 * arguments.steps, 0)
-
-    converged = kept_images(folder / "converged.pt", converge)
-    reference = images(points[0].schedule, 1)
+    many = 4 * arguments.steps
+    converged = kept_images(folder / "converged.pt", lambda: sampler.run(model, labels, many, 5).cpu())
+    reference = images(points[0], 1)
+    classifier, real = Classifier(), load_digits().held_out_images
     rows: list[dict[str, Any]] = []
-    for point in sorted(points, key=lambda point: (point.method not in JUDGED, -point.share(arguments.steps))):
-        judged = point.method in JUDGED and batches > 0
-        made = images(point.schedule, batches if judged else 1)
-        own = point is points[0]
-        row = {
-            "method": point.method,
-            "compute": point.share(arguments.steps),
-            "psnr": None if own else psnr(reference, made[:paired]),
-            "median_psnr": None if own else statistics.median(map(psnr, reference, made[:paired])),
-            "psnr_converged": psnr(converged, made[:paired]),
-            "median_psnr_converged": statistics.median(map(psnr, converged, made[:paired])),
-        }
-        if judged:
-            row |= set_figures(made, labels.repeat(batches), classifier, real)
-        rows.append(row)
-        print(describe(row), flush=True)
-    floor = real_frechet_distance(batches * paired) if batches else None
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("folder", "write", "times")}
-    return {
-        "arguments": settings,
-        "real_versus_real_frechet_distance": floor,
+    result = {
+        "arguments": {
+            name: value for name, value in vars(arguments).items() if name not in ("folder", "write", "times")
+        },
+        "real_versus_real_frechet_distance": real_frechet_distance(batches * arguments.paired) if batches else None,
         "classifier_held_out_accuracy": classifier.held_out_accuracy,
         "rows": rows,
     }
+    for point in points:
+        made = images(point, 1)
+        own = point is points[0]
+        row = {
+            "method": point.method,
+            "budget": point.budget,
+            "compute": point.share(arguments.steps),
+            "order": point.schedule.order,
+            "psnr": None if own else psnr(reference, made),
+            "median_psnr": None if own else statistics.median(map(psnr, reference, made)),
+            "psnr_converged": psnr(converged, made),
+            "median_psnr_converged": statistics.median(map(psnr, converged, made)),
+        }
+        if point.schedule.history_dtype is not None:
+            same = replace(point, schedule=replace(point.schedule, history_dtype=None))
+            row["psnr_same_rows"] = psnr(images(same, 1), made)
+        rows.append(row)
+        print(describe(row), flush=True)
+    save(result)
+    budgets = sorted({point.budget for point in points}, reverse=True) if arguments.judged is None else arguments.judged
+    for budget in (1.0, *budgets) if batches else ():
+        for point, row in zip(points, rows, strict=True):
+            if point.method in JUDGED and abs(point.budget - budget) < 0.005 and "frechet" not in row:
+                row |= set_figures(images(point, batches), labels.repeat(batches), classifier, real)
+                print(describe(row), flush=True)
+        save(result)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -195,20 +206,21 @@ def describe(row: dict[str, Any]) -> str:
     figures += f"converged {row['psnr_converged']:.1f} (median {row['median_psnr_converged']:.1f}) dB"
     if "frechet" in row:
         figures += f", recognised {row['accuracy']:.2%}, Frechet {row['frechet']:.3f} +- {row['frechet_error']:.3f}"
+    if "psnr_same_rows" in row:
+        figures += f", to the same with full history {row['psnr_same_rows']:.1f} dB"
     return f"{row['method']:20s} {row['compute']:.2f}  {figures}"
 
 
 def verdict(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """For each budget, by how much what was chosen is better than others of about as much compute.
+    """For each budget, by how much what was chosen is better than others.
 
     In dB beside the best method without forecasts, and beside TaylorSeer's; and Frechet distances above the best of all
     others, in standard errors of the two.
     """
-    rows = result["rows"]
     without = ("fewer steps", "alpha", "every n-th step")
     found: dict[str, dict[str, float]] = {}
-    for chosen in (row for row in rows if row["method"] == "chosen"):
-        near = [row for row in rows if abs(row["compute"] - chosen["compute"]) <= 0.021 and row["psnr"] is not None]
+    for chosen in (row for row in result["rows"] if row["method"] == "chosen"):
+        near = [row for row in result["rows"] if row["budget"] == chosen["budget"]]
         line: dict[str, float] = {}
         for key in ("psnr", "median_psnr", "psnr_converged", "median_psnr_converged"):
             for name, methods in (("order 0", without), ("TaylorSeer", JUDGED[4:6])):
@@ -220,7 +232,7 @@ def verdict(result: dict[str, Any]) -> dict[str, dict[str, float]]:
             best = min(others, key=lambda row: row["frechet"])
             error = float(np.hypot(best["frechet_error"], chosen["frechet_error"]))
             line["frechet, standard errors above the best"] = (chosen["frechet"] - best["frechet"]) / error
-        found[f"{chosen['compute']:.2f}"] = line
+        found[f"{chosen['budget']:.2f}"] = line
     return found
 
 
@@ -239,10 +251,9 @@ def measure_times(arguments: argparse.Namespace, folder: Path, rows: Sequence[di
     seconds = interleaved({str(i): once(schedule) for i, schedule in enumerate(schedules)}, rounds=3)
     for point in points:
         took = summary(seconds[str(schedules.index(point.schedule))])
-        share = point.share(arguments.steps)
-        row = next(row for row in rows if (row["method"], row["compute"]) == (point.method, share))
+        row = next(row for row in rows if (row["method"], row["budget"]) == (point.method, point.budget))
         row["seconds"] = took
-        print(f"{point.method:20s} {share:.2f}  {took['median']:.2f} s", flush=True)
+        print(f"{point.method:20s} {row['compute']:.2f}  {took['median']:.2f} s", flush=True)
 
 
 def main() -> None:
@@ -251,6 +262,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the uncached sampler (50; 25 of dpm)")
     parser.add_argument("--paired", type=int, default=130, help="images in a batch, and compared in pairs (130)")
     parser.add_argument("--images", type=int, default=0, help="images in a set to judge (0: none are judged)")
+    parser.add_argument("--judged", type=float, nargs="*", help="budgets of which sets are judged (all)")
     parser.add_argument("--calibrated", type=int, default=40, help="samples to calibrate optimal schedules (40)")
     parser.add_argument("--lags", type=int, default=8, help="the longest reuse of optimal schedules (8)")
     parser.add_argument("--shares", type=float, nargs="*", default=(0.6,), help="budgets beside those of the intervals")
@@ -262,20 +274,22 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.steps = arguments.steps or SAMPLERS[arguments.sampler].steps
     name = f"quality_{arguments.sampler}"
+
+    def save(result: dict[str, Any]) -> None:
+        result["verdict"] = verdict(result)
+        if arguments.write:
+            print(f"written to {write_result(name, result)}", flush=True)
+            draw_all()
+
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         if arguments.times:
             result = json.loads((RESULTS / f"{name}.json").read_text())
             measure_times(arguments, folder, result["rows"])
+            save(result)
         else:
-            result = run(arguments, folder)
-            result["verdict"] = verdict(result)
-            for compute, line in result["verdict"].items():
-                print(compute, ", ".join(f"{key} {value:+.1f}" for key, value in line.items()))
-    if arguments.write:
-        print(f"written to {write_result(name, result)}")
-        draw_all()
+            run(arguments, folder, save)
 
 
 if __name__ == "__main__":

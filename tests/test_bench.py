@@ -116,7 +116,8 @@ def test_the_frontier_of_quality(monkeypatch, capsys, tmp_path):
 
     found = figures()
     orders = {f"{name}, order {order}" for name in ("optimal", "alpha", "TaylorSeer") for order in (1, 2)}
-    assert set(found) == {"fewer steps", "alpha", "every n-th step", "optimal, order 0", "chosen", *orders}
+    narrow = {f"chosen, history in {dtype}" for dtype in ("float16", "bfloat16")}
+    assert set(found) == {"fewer steps", "alpha", "every n-th step", "optimal, order 0", "chosen", *orders, *narrow}
     assert found["TaylorSeer, order 1"] > found["every n-th step"] + 3
     assert found["chosen"] > found["every n-th step"] + 6
     monkeypatch.setattr(smoothcache, "compile", None)  # nothing is sampled again

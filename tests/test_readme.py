@@ -36,7 +36,7 @@ each_page_with_code = pytest.mark.parametrize(
 def test_the_two_commands_stand_on_a_line_of_their_own():
     lines = README.splitlines()
     assert lines.count('pip install -e ".[demo]" && python -m smoothcache_fx demo') == 1
-    assert lines.count('pip install -e ".[test]" && python -m pytest') == 1
+    assert lines.count('pip install -e ".[test]" && python -m pytest -n 2 --dist worksteal') == 1
 
 
 #: The inner compiler is not what the pages are about, and would take minutes; CUDA graphs need a GPU.
