@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, interleaved, summary, write_result
-from quality_pictures import draw_all
 from quality_samplers import SAMPLERS, Sampler
+from quality_tables import write_all
 from torch import Tensor
 
 import smoothcache_fx as smoothcache
@@ -237,7 +237,7 @@ def verdict(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def measure_times(arguments: argparse.Namespace, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add wall time of a paired batch to the rows of `JUDGED` methods, all taking turns."""
+    """Add seconds an image, in a batch of ``--paired``, to the rows of `JUDGED` methods, all taking turns."""
     sampler = SAMPLERS[arguments.sampler]
     model = load_model("cuda" if torch.cuda.is_available() else "cpu")
     points = [point for point in kept_plan(folder, list) if point.method in JUDGED]
@@ -250,10 +250,10 @@ def measure_times(arguments: argparse.Namespace, folder: Path, rows: Sequence[di
 
     seconds = interleaved({str(i): once(schedule) for i, schedule in enumerate(schedules)}, rounds=3)
     for point in points:
-        took = summary(seconds[str(schedules.index(point.schedule))])
+        took = summary([each / len(labels) for each in seconds[str(schedules.index(point.schedule))]])
         row = next(row for row in rows if (row["method"], row["budget"]) == (point.method, point.budget))
         row["seconds"] = took
-        print(f"{point.method:20s} {row['compute']:.2f}  {took['median']:.2f} s", flush=True)
+        print(f"{point.method:20s} {row['compute']:.2f}  {took['median']:.3f} s/image", flush=True)
 
 
 def main() -> None:
@@ -279,7 +279,7 @@ def main() -> None:
         result["verdict"] = verdict(result)
         if arguments.write:
             print(f"written to {write_result(name, result)}", flush=True)
-            draw_all()
+            write_all()
 
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -1,0 +1,134 @@
+"""Pictures and a table of what `quality.py` wrote to bench/results: ``python bench/quality_tables.py``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from common import RESULTS
+from quality_samplers import SAMPLERS
+
+from smoothcache_fx.plots import COLOURS, new_figure
+
+PICTURES = RESULTS.parents[1] / "docs" / "bench"
+#: Colours tell orders apart, dashes whose rows are even.
+STYLES = {
+    "fewer steps": ("0.45", "s-"),
+    "alpha": (COLOURS[1], "^-"),
+    "every n-th step": (COLOURS[0], "v--"),
+    "TaylorSeer, order 1": (COLOURS[2], "D--"),
+    "TaylorSeer, order 2": (COLOURS[3], "D--"),
+    "chosen": ("black", "o-"),
+}
+LABELS = {"alpha": "alpha rule (SmoothCache)", "every n-th step": "every n-th step (FORA)", "chosen": "choose (ours)"}
+
+
+def write_all() -> None:
+    """`quality.png` of Euler's sampler for README; `quality_samplers.png` and `quality.md` of all samplers."""
+    results = {
+        name: json.loads(path.read_text()) for name in SAMPLERS if (path := RESULTS / f"quality_{name}.json").exists()
+    }
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    draw({name: result for name, result in results.items() if name == "euler"}, "quality.png")
+    draw(results, "quality_samplers.png", frechet=True)
+    (RESULTS / "quality.md").write_text("\n".join(page(results)) + "\n")
+
+
+def page(results: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """A table for each sampler, budget by budget."""
+    yield "# Quality against compute"
+    yield ""
+    yield "Made by `python bench/quality.py --write`; its docstring says what is measured, and of what model."
+    for sampler, result in results.items():
+        arguments, machine = result["arguments"], result["machine"]
+        yield ""
+        yield f"## {SAMPLERS[sampler].title}, {arguments['steps']} steps"
+        yield ""
+        yield (
+            f"PSNR in dB, of all images together and the median image, to the uncached samples and to those of "
+            f"{4 * arguments['steps']} steps: {arguments['paired']} images. Recognised and Frechet distance: "
+            f"{_images(result)} images; real images have {_floor(result):.3f}. "
+            f"{machine['device']}, torch {machine['torch']}, {machine['date']}."
+        )
+        yield ""
+        yield "| | compute | PSNR | median | converged | median | recognised | Frechet distance | s/image |"
+        yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+        for row in sorted(result["rows"], key=lambda row: -row["budget"]):
+            yield "| " + " | ".join(_cells(row)) + " |"
+
+
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    yield row["method"] + (f" (order {row['order']})" if row["method"] == "chosen" else "")
+    yield f"{row['compute']:.2f}"
+    for key in ("psnr", "median_psnr", "psnr_converged", "median_psnr_converged"):
+        yield "" if row[key] is None else f"{row[key]:.1f}"
+    yield f"{row['accuracy']:.2%}" if "accuracy" in row else ""
+    yield f"{row['frechet']:.3f} ± {row['frechet_error']:.3f}" if "frechet" in row else ""
+    yield f"{row['seconds']['median']:.3f}" if "seconds" in row else ""
+
+
+def _images(result: dict[str, Any]) -> int:
+    """In a set: whole batches."""
+    paired = result["arguments"]["paired"]
+    return -(-result["arguments"]["images"] // paired) * paired
+
+
+def draw(results: dict[str, dict[str, Any]], name: str, frechet: bool = False) -> None:
+    """A row of panels for each sampler: PSNR to the uncached and to the converged sample, Frechet distance, time."""
+    if not results:
+        return
+    timed = any("seconds" in row for result in results.values() for row in result["rows"])
+    columns = 2 + frechet + (timed and not frechet)
+    figure = new_figure(3.9 * columns, 3.4 * len(results) + 0.4)
+    axes = figure.subplots(len(results), columns, squeeze=False)
+    for line, (sampler, result) in zip(axes, results.items(), strict=True):
+        rows, title = result["rows"], SAMPLERS[sampler].title
+        uncached = next(row for row in rows if row["method"] == "uncached")
+        steps = result["arguments"]["steps"]
+        _panel(line[0], rows, "compute", "psnr", f"{title}, PSNR to the uncached sample (dB)")
+        _panel(line[1], rows, "compute", "psnr_converged", f"{title}, PSNR to {4 * steps} steps (dB)")
+        _level(line[1], "uncached", uncached["psnr_converged"])
+        if frechet:
+            _panel(line[2], rows, "compute", "frechet", f"{title}, Frechet distance", error="frechet_error")
+            _level(line[2], "uncached", uncached.get("frechet"))
+            _level(line[2], "real images", _floor(result))
+        elif timed:
+            _panel(line[2], rows, "seconds", "psnr", f"{title}, PSNR to the uncached sample (dB)")
+            line[2].set_xlabel("seconds an image, " + result["machine"]["device"], fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6 if columns > 2 else 3, frameon=False, fontsize=8)
+    figure.savefig(PICTURES / name, dpi=130)
+
+
+def _floor(result: dict[str, Any]) -> float:
+    """Of real images to real images; not a number where no sets were judged."""
+    floor = result["real_versus_real_frechet_distance"]
+    return math.nan if floor is None else floor
+
+
+def _level(axis: Any, name: str, value: float | None) -> None:
+    """A dotted line across, if there is anything to draw."""
+    if value is not None and math.isfinite(value):
+        axis.axhline(value, color="0.3", linestyle=":", linewidth=1)
+        axis.text(0.01, value, name, transform=axis.get_yaxis_transform(), fontsize=7, va="top")
+
+
+def _panel(axis: Any, rows: list[dict[str, Any]], x: str, y: str, title: str, error: str | None = None) -> None:
+    for number, (method, (colour, line)) in enumerate(STYLES.items()):
+        points = [row for row in rows if row["method"] == method and row.get(y) is not None and x in row]
+        points.sort(key=lambda row: row["compute"])
+        apart = 0.004 * (number - 2.5) if error else 0.0  # bars side by side
+        across = [row[x]["median"] if x == "seconds" else row[x] + apart for row in points]
+        bars = [row[error] for row in points] if error else None
+        width = 2 if method == "chosen" else 1.2
+        label = LABELS.get(method, method)
+        axis.errorbar(across, [row[y] for row in points], bars, fmt=line, color=colour, label=label, ms=4, lw=width)
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel("share of the branches' arithmetic", fontsize=8)
+    axis.grid(alpha=0.25)
+
+
+if __name__ == "__main__":
+    write_all()
