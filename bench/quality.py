@@ -208,7 +208,7 @@ def describe(row: dict[str, Any]) -> str:
         figures += f", recognised {row['accuracy']:.2%}, Frechet {row['frechet']:.3f} +- {row['frechet_error']:.3f}"
     if "psnr_same_rows" in row:
         figures += f", to the same with full history {row['psnr_same_rows']:.1f} dB"
-    return f"{row['method']:20s} {row['compute']:.2f}  {figures}"
+    return f"{row['method']:28s} {row['compute']:.2f}  {figures}"
 
 
 def verdict(result: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -253,7 +253,7 @@ def measure_times(arguments: argparse.Namespace, folder: Path, rows: Sequence[di
         took = summary([each / len(labels) for each in seconds[str(schedules.index(point.schedule))]])
         row = next(row for row in rows if (row["method"], row["budget"]) == (point.method, point.budget))
         row["seconds"] = took
-        print(f"{point.method:20s} {row['compute']:.2f}  {took['median']:.3f} s/image", flush=True)
+        print(f"{point.method:28s} {row['compute']:.2f}  {took['median']:.3f} s/image", flush=True)
 
 
 def main() -> None:
