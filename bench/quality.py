@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import hashlib
 import json
 import statistics
 import tempfile
@@ -122,6 +123,11 @@ def kept_images(path: Path, make: Callable[[], Tensor]) -> Tensor:
     return images
 
 
+def digest(schedule: Schedule) -> str:
+    """Names what is sampled with a schedule, in all runs."""
+    return hashlib.sha256(repr(replace(schedule, flops=None)).encode()).hexdigest()[:16]
+
+
 def cached_copy(model: torch.nn.Module, schedule: Schedule, backend: str) -> torch.nn.Module:
     return smoothcache.compile(copy.deepcopy(model), schedule, backend=backend)
 
@@ -149,8 +155,7 @@ def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, A
     labels = torch.arange(arguments.paired) % model.num_classes
 
     def images(point: Point, count: int) -> Tensor:
-        """Batches of the schedule's first point, which may serve several."""
-        number = next(i for i, other in enumerate(points) if other.schedule == point.schedule)
+        """Batches of the point's schedule, which may be other points' too."""
         sampled: list[torch.nn.Module] = []  # made when it is needed
 
         def make(index: int) -> Tensor:
@@ -158,7 +163,8 @@ def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, A
                 sampled.append(cached_copy(model, point.schedule, arguments.backend))
             return sampler.run(sampled[0], labels, point.schedule.steps, 5 + index).cpu()
 
-        return torch.cat([kept_images(folder / f"{number}-{i}.pt", lambda i=i: make(i)) for i in range(count)])
+        name = digest(point.schedule)
+        return torch.cat([kept_images(folder / f"{name}-{i}.pt", lambda i=i: make(i)) for i in range(count)])
 
     many = 4 * arguments.steps
     converged = kept_images(folder / "converged.pt", lambda: sampler.run(model, labels, many, 5).cpu())

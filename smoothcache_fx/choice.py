@@ -89,8 +89,8 @@ def choose(
     """Pick rows and order by measuring: the best schedule for a budget, or the cheapest that is good enough.
 
     ``sample`` is run uncached to calibrate, ``probes + 1`` times for sensitivities, and once with each schedule that
-    is tried: of each order the optimal rows, evenly spaced ones and every n-th step, those of the least predicted error
-    first. All sites share a row. Afterwards the model is as it was.
+    is tried: of each order the optimal rows, evenly spaced ones, and every n-th step, the last too if the budget has
+    room for it; those of the least predicted error first. All sites share a row. Afterwards the model is as it was.
 
     Args:
         model_or_pipeline: in eval mode and not compiled, as for ``compile``.
@@ -196,7 +196,9 @@ def _candidates(calibration: Calibration, count: int, orders: Sequence[int]) -> 
     found: dict[Schedule, tuple[str, float]] = {}
     for order in sorted(set(orders)):
         optimal = calibration.schedule(compute=count / steps, solver="optimal", order=order)
-        rows = {"every n-th": [step % interval == 0 for step in range(steps)]}
+        uniform = [step % interval == 0 for step in range(steps)]
+        uniform[-1] |= sum(uniform) < count
+        rows = {"every n-th": uniform}
         if count > 1:
             rows["even"] = even_row(steps, count)
         for name, schedule in (

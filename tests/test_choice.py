@@ -46,6 +46,13 @@ def test_the_best_of_a_budget(model):
     ] == f"({choice.trajectories} runs of sample)"
 
 
+def test_rows_of_taylorseer_are_tried(model):
+    """Every n-th step, and the last, where the budget allows as many."""
+    choice = smoothcache.choose(model, run, compute=0.42, orders=(1,), lags=3, probes=1, trajectories=6, progress=False)
+    rows = {trial.rows: set(trial.schedule.compute.values()) for trial in choice.trials}
+    assert rows["every n-th"] == {tuple(step in (0, 3, 6, 9, 11) for step in range(STEPS))}
+
+
 def test_a_calibration_serves_several_budgets(model):
     arguments = {"orders": (0, 1), "lags": 3, "probes": 2, "trajectories": 9, "progress": False}
     first = smoothcache.choose(model, run, compute=0.5, **arguments)

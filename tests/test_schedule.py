@@ -159,7 +159,7 @@ def test_unused_selectors():
         torch.tensor([1, 0, 1]),
         torch.tensor([True, False, True]),
         [np.int8(1), np.bool_(False), torch.tensor(1)],
-        (c == "1" for c in "101"),
+        pytest.param((c == "1" for c in "101"), id="generator"),
     ],
     ids=repr,
 )
