@@ -79,6 +79,7 @@ def draw(results: dict[str, dict[str, Any]], name: str, frechet: bool = False) -
     """A row of panels for each sampler: PSNR to the uncached and to the converged sample, Frechet distance, time."""
     if not results:
         return
+    frechet = frechet and any("frechet" in row for result in results.values() for row in result["rows"])
     timed = any("seconds" in row for result in results.values() for row in result["rows"])
     columns = 2 + frechet + (timed and not frechet)
     figure = new_figure(3.9 * columns, 3.4 * len(results) + 0.4)
