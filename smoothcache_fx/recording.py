@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,8 @@ def calibrate(
     *,
     lags: int = 3,
     order: int | None = None,
-    schedule: Schedule | None = None,
+    schedule: Schedule | Callable[[Calibration], Schedule] | None = None,
+    rounds: int = 5,
     steps: int | None = None,
     calls_per_step: int = 1,
     history_device: torch.device | str | None = None,
@@ -42,9 +44,9 @@ def calibrate(
     Args:
         model_or_pipeline: the transformer, in eval mode and not compiled, or a pipeline (see ``compile``), whose
             scheduler then tells the steps.
-        sample: called once with the model or pipeline; runs one or more whole trajectories with it. The paper uses ten
-            samples, in one batch or one after the other. Where a trajectory of a bare model begins is seen from its
-            timestep argument; for a model without one, give ``steps``.
+        sample: called with the model or pipeline, once unless ``schedule`` is a function; runs one or more whole
+            trajectories with it. The paper uses ten samples, in one batch or one after the other. Where a trajectory of
+            a bare model begins is seen from its timestep argument; for a model without one, give ``steps``.
         lags: how many steps back to compare with: the longest reuse that a schedule made of this can have.
         order: also measure what optimal schedules need (``Calibration.schedule(solver="optimal")``), for forecasts up
             to this order, 0 to 2. Outputs are then kept for ``(order + 1) * (lags + 1) - 1`` steps, and after each call
@@ -52,7 +54,10 @@ def calibrate(
             costs little in a model that is large. Inner products of a branch's outputs are taken over 4096 random
             elements of each: a relative error of a forecast is known to within about 2% of itself from one call.
         schedule: follow this schedule, with its forecasts: the sampler gets what the compiled model would give it, and
-            all is measured along that trajectory. All branches are computed nonetheless.
+            all is measured along that trajectory. All branches are computed nonetheless. Or a function that makes a
+            schedule of a calibration: what it makes of the uncached trajectory is followed, what it makes of that one
+            next, until it makes a schedule that was followed before.
+        rounds: follow at most so many schedules of such a function. ``sample`` runs once more than that at most.
         steps: denoising steps in a trajectory, if they cannot be seen from the timesteps.
         calls_per_step: calls of a bare model in one step; each has a history of its own.
         history_device: where the last ``lags`` outputs of every site are kept (the model's device by default). They
@@ -70,13 +75,29 @@ def calibrate(
         NoSitesError: the model has no residual branch.
         CompiledError: the model is compiled, in training mode, or an input requires gradients.
     """
-    for name, value in (("lags", lags), ("calls_per_step", calls_per_step), ("steps", steps or 1)):
+    for name, value in (("lags", lags), ("rounds", rounds), ("calls_per_step", calls_per_step), ("steps", steps or 1)):
         if not isinstance(value, int) or value < 1:
             raise CalibrationError(f"{name} must be a positive whole number, got {value!r}")
     if order is not None and order not in range(HIGHEST_ORDER + 1):
         raise CalibrationError(f"order is {order!r}, expected 0, 1 or 2, or None for the paper's rule alone")
+    if callable(schedule):
+        along = functools.partial(
+            calibrate,
+            model_or_pipeline,
+            sample,
+            lags=lags,
+            order=order,
+            steps=steps,
+            calls_per_step=calls_per_step,
+            history_device=history_device,
+            progress=progress,
+        )
+        return _settled(along, schedule, rounds)
     if schedule is not None and not isinstance(schedule, Schedule):
-        raise CalibrationError(f"schedule is a {type(schedule).__name__}, expected a Schedule to follow, or None")
+        raise CalibrationError(
+            f"schedule is a {type(schedule).__name__}, expected a Schedule to follow, a function that makes one of a "
+            "calibration, or None"
+        )
     farthest = 0 if order is None else reach(lags, order)
     device = None if history_device is None else torch.device(history_device)
     metadata = {"model": type(model_or_pipeline).__name__}
@@ -92,6 +113,21 @@ def calibrate(
     recorder_bytes = sum(recorder.history_bytes for recorder in observed.recorders)
     log.info("calibration kept %.1f MiB of outputs", recorder_bytes / 2**20)
     return _gather(observed.recorders, total, metadata)
+
+
+def _settled(along: Callable[..., Calibration], plan: Callable[[Calibration], Schedule], rounds: int) -> Calibration:
+    """Calibrate along what ``plan`` makes of the last calibration, until that is nothing new."""
+    calibration = along(schedule=None)
+    followed: list[Schedule] = []
+    while (following := plan(calibration)) not in followed:
+        if not isinstance(following, Schedule):
+            raise CalibrationError(f"schedule made a {type(following).__name__} of a calibration, expected a Schedule")
+        if len(followed) == rounds:
+            log.warning("the schedule still changes after %d rounds; allow more, or take it as it is", rounds)
+            break
+        followed.append(following)
+        calibration = along(schedule=following)
+    return calibration
 
 
 def _gather(recorders: Sequence[Recorder], steps: int, metadata: dict[str, str]) -> Calibration:

@@ -169,6 +169,43 @@ def test_a_followed_schedule_must_have_the_samplers_steps(model):
             smoothcache.calibrate(model, run, schedule=schedule, progress=False)
     with pytest.raises(CalibrationError, match="expected a Schedule"):
         smoothcache.calibrate(model, run, schedule="fast", progress=False)
+    with pytest.raises(CalibrationError, match="made a str of a calibration"):
+        smoothcache.calibrate(model, run, schedule=lambda calibration: "fast", progress=False)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [{"alpha": 0.12}, {"compute": 0.5}, {"compute": 0.5, "solver": "optimal", "order": 1}],
+    ids=["alpha", "compute", "optimal"],
+)
+def test_calibration_is_repeated_until_the_schedule_stays_the_same(model, budget):
+    made = []
+
+    def plan(calibration):
+        made.append((calibration, calibration.schedule(**budget)))
+        return made[-1][1]
+
+    arguments = {"lags": 3, "order": budget.get("order"), "progress": False}
+    found = smoothcache.calibrate(model, run, schedule=plan, **arguments)
+    *before, (last, again) = made
+    assert found is last and again in [schedule for _, schedule in before]
+    followed = smoothcache.calibrate(model, run, schedule=before[-1][1], **arguments)
+    for site, same in zip(found.sites, followed.sites, strict=True):
+        np.testing.assert_array_equal(site.mean, same.mean)
+
+
+def test_a_schedule_that_never_stays_the_same_is_left_with_a_warning(model, caplog):
+    ways = iter(Schedule.uniform(STEPS, interval, kinds=("attn",)) for interval in (2, 3, 4, 5))
+    runs = []
+
+    def seen(model):
+        runs.append(run(model, labels=(0,)))
+
+    smoothcache.calibrate(model, seen, schedule=lambda calibration: next(ways), rounds=2, progress=False)
+    assert len(runs) == 3 and len({tuple(image.flatten().tolist()) for image in runs}) == 3
+    assert "still changes after 2 rounds" in caplog.text
+    with pytest.raises(CalibrationError, match="rounds must be a positive"):
+        smoothcache.calibrate(model, run, schedule=lambda calibration: next(ways), rounds=0, progress=False)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
