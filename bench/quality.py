@@ -41,8 +41,10 @@ from smoothcache_fx.demo.weights import load_model
 from smoothcache_fx.schedule import HISTORY_DTYPES, Schedule
 
 ORDERS = (0, 1, 2)
+BY_CONVERGED = "chosen by the converged"
+TAYLORSEER = ("TaylorSeer, order 1", "TaylorSeer, order 2")
 #: Of these as many images are made as a distribution takes; of the others, ``--paired``.
-JUDGED = ("uncached", "fewer steps", "alpha", "every n-th step", "TaylorSeer, order 1", "TaylorSeer, order 2", "chosen")
+JUDGED = ("uncached", "fewer steps", "alpha", "every n-th step", "TaylorSeer, order 2", "chosen")
 #: Resamplings of a set of images for the standard error of its Frechet distance.
 RESAMPLINGS = 40
 
@@ -60,7 +62,7 @@ class Point:
         return self.schedule.compute_fraction * self.schedule.steps / steps
 
 
-def plan(model: torch.nn.Module, sampler: Sampler, arguments: argparse.Namespace) -> list[Point]:
+def plan(model: torch.nn.Module, sampler: Sampler, arguments: argparse.Namespace, folder: Path) -> list[Point]:
     """All points; rows of every n-th step compute the last step too, as those by alpha do."""
     steps = arguments.steps
     points = [Point("uncached", 1.0, Schedule(steps))]
@@ -87,15 +89,32 @@ def plan(model: torch.nn.Module, sampler: Sampler, arguments: argparse.Namespace
     def together(model: torch.nn.Module) -> Tensor:
         return sampler.run(model, torch.arange(arguments.calibrated) % 10, steps, 1)
 
-    calibration = smoothcache.calibrate(model, together, lags=arguments.lags, order=max(ORDERS), progress=False)
-    calibration = smoothcache.measure_sensitivity(model, together, calibration, progress=False)
+    kept = folder / "calibration.json"
+    if kept.exists():
+        calibration = smoothcache.Calibration.load(kept)
+    else:
+        calibration = smoothcache.calibrate(model, together, lags=arguments.lags, order=max(ORDERS), progress=False)
+        calibration = smoothcache.measure_sensitivity(model, together, calibration, progress=False)
+        calibration.save(kept)
+    many = torch.arange(arguments.calibrated) % 10
+    converged = kept_images(folder / "converged_calibrated.pt", lambda: sampler.run(model, many, 4 * steps, 1))
     for share in shares:
         for order in ORDERS:
             best = calibration.schedule(compute=share, solver="optimal", order=order)
             points.append(Point(f"optimal, order {order}", share, best))
-        choice = smoothcache.choose(model, together, compute=share, calibration=calibration, progress=False)
+        nearness: list[float] = []  # of each trial, to the converged samples
+
+        def metric(reference: Tensor, cached: Tensor, nearness: list[float] = nearness) -> float:
+            nearness.append(psnr(converged, cached))
+            return psnr(reference, cached)
+
+        # Once uncached, and with the six of least predicted error.
+        choice = smoothcache.choose(
+            model, together, compute=share, calibration=calibration, metric=metric, trajectories=7, progress=False
+        )
         print(f"{choice}\n", flush=True)
-        points.append(Point("chosen", share, choice.schedule))
+        nearest = max(zip(nearness, choice.trials, strict=True), key=lambda pair: pair[0])[1]
+        points += [Point("chosen", share, choice.schedule), Point(BY_CONVERGED, share, nearest.schedule)]
         if choice.schedule.highest_order:
             narrow = ((dtype, replace(choice.schedule, history_dtype=dtype)) for dtype in HISTORY_DTYPES)
             points += [Point(f"chosen, history in {dtype}", share, schedule) for dtype, schedule in narrow]
@@ -132,17 +151,35 @@ def cached_copy(model: torch.nn.Module, schedule: Schedule, backend: str) -> tor
     return smoothcache.compile(copy.deepcopy(model), schedule, backend=backend)
 
 
-def set_figures(images: Tensor, labels: Tensor, classifier: Classifier, real: Tensor) -> dict[str, float]:
-    """Accuracy and Frechet distance to real digits, its standard error by resampling the images."""
+def distances(reference: Tensor, images: Tensor) -> dict[str, float]:
+    """PSNR in dB of all images together, its standard error by resampling the images, and the median image's."""
+    squares = (images - reference).square().flatten(1).mean(1)
+    draws = torch.randint(len(images), (1000, len(images)), generator=torch.Generator().manual_seed(0))
+    return {
+        "psnr": psnr(reference, images),
+        "psnr_error": float((10 * squares[draws].mean(1).log10()).std()),
+        "median_psnr": statistics.median(map(psnr, reference, images)),
+    }
+
+
+def set_figures(
+    images: Tensor, uncached: Tensor, labels: Tensor, classifier: Classifier, real: Tensor
+) -> dict[str, float]:
+    """Accuracy, and Frechet distances to real digits, beside that of the uncached images of the same noise.
+
+    Standard errors by resampling: of the difference, both sets' images of the same noise together.
+    """
     generator = torch.Generator().manual_seed(0)
-    resampled = [
-        frechet_distance(images[torch.randint(len(images), (len(images),), generator=generator)], real)
-        for _ in range(RESAMPLINGS)
-    ]
+    draws = torch.randint(len(images), (RESAMPLINGS, len(images)), generator=generator)
+    resampled = [frechet_distance(images[draw], real) for draw in draws]
+    beside = [each - frechet_distance(uncached[draw], real) for each, draw in zip(resampled, draws, strict=True)]
+    distance = frechet_distance(images, real)
     return {
         "accuracy": classifier.accuracy(images, labels),
-        "frechet": frechet_distance(images, real),
+        "frechet": distance,
         "frechet_error": statistics.stdev(resampled),
+        "frechet_over_uncached": distance - frechet_distance(uncached, real),
+        "frechet_over_uncached_error": statistics.stdev(beside),
     }
 
 
@@ -150,7 +187,7 @@ def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, A
     """Sample all points and print their figures; save what there is after the pairs and after each budget's sets."""
     sampler = SAMPLERS[arguments.sampler]
     model = load_model("cuda" if torch.cuda.is_available() else "cpu")
-    points = kept_plan(folder, lambda: plan(model, sampler, arguments))
+    points = kept_plan(folder, lambda: plan(model, sampler, arguments, folder))
     batches = -(-arguments.images // arguments.paired)
     labels = torch.arange(arguments.paired) % model.num_classes
 
@@ -187,10 +224,8 @@ def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, A
             "budget": point.budget,
             "compute": point.share(arguments.steps),
             "order": point.schedule.order,
-            "psnr": None if own else psnr(reference, made),
-            "median_psnr": None if own else statistics.median(map(psnr, reference, made)),
-            "psnr_converged": psnr(converged, made),
-            "median_psnr_converged": statistics.median(map(psnr, converged, made)),
+            **(dict.fromkeys(distances(converged, made)) if own else distances(reference, made)),
+            **{f"{name}_converged": value for name, value in distances(converged, made).items()},
         }
         if point.schedule.history_dtype is not None:
             same = replace(point, schedule=replace(point.schedule, history_dtype=None))
@@ -202,16 +237,25 @@ def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, A
     for budget in (1.0, *budgets) if batches else ():
         for point, row in zip(points, rows, strict=True):
             if point.method in JUDGED and abs(point.budget - budget) < 0.005 and "frechet" not in row:
-                row |= set_figures(images(point, batches), labels.repeat(batches), classifier, real)
+                made, uncached = images(point, batches), images(points[0], batches)
+                row |= set_figures(made, uncached, labels.repeat(batches), classifier, real)
+                if point is not points[0]:
+                    row |= {f"{name}_set": value for name, value in distances(uncached, made).items()}
                 print(describe(row), flush=True)
         save(result)
 
 
 def describe(row: dict[str, Any]) -> str:
-    figures = "" if row["psnr"] is None else f"{row['psnr']:5.1f} (median {row['median_psnr']:.1f}), "
-    figures += f"converged {row['psnr_converged']:.1f} (median {row['median_psnr_converged']:.1f}) dB"
+    figures = ""
+    if row["psnr"] is not None:
+        figures += f"{row['psnr']:5.1f} +- {row['psnr_error']:.1f} (median {row['median_psnr']:.1f}), "
+    figures += f"converged {row['psnr_converged']:.1f} +- {row['psnr_error_converged']:.1f} "
+    figures += f"(median {row['median_psnr_converged']:.1f}) dB"
     if "frechet" in row:
+        if "psnr_set" in row:
+            figures += f", of the set {row['psnr_set']:.1f} +- {row['psnr_error_set']:.1f} dB"
         figures += f", recognised {row['accuracy']:.2%}, Frechet {row['frechet']:.3f} +- {row['frechet_error']:.3f}"
+        figures += f", {row['frechet_over_uncached']:+.3f} +- {row['frechet_over_uncached_error']:.3f} over uncached"
     if "psnr_same_rows" in row:
         figures += f", to the same with full history {row['psnr_same_rows']:.1f} dB"
     return f"{row['method']:28s} {row['compute']:.2f}  {figures}"
@@ -228,9 +272,9 @@ def verdict(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     for chosen in (row for row in result["rows"] if row["method"] == "chosen"):
         near = [row for row in result["rows"] if row["budget"] == chosen["budget"]]
         line: dict[str, float] = {}
-        for key in ("psnr", "median_psnr", "psnr_converged", "median_psnr_converged"):
-            for name, methods in (("order 0", without), ("TaylorSeer", JUDGED[4:6])):
-                theirs = [row[key] for row in near if row["method"] in methods]
+        for key in ("psnr", "median_psnr", "psnr_converged", "median_psnr_converged", "psnr_set"):
+            for name, methods in (("order 0", without), ("TaylorSeer", TAYLORSEER)):
+                theirs = [row[key] for row in near if row["method"] in methods and key in row]
                 if theirs:
                     line[f"{key} over {name}"] = chosen[key] - max(theirs)
         others = [row for row in near if "frechet" in row and row["method"] != "chosen"]
@@ -269,7 +313,7 @@ def main() -> None:
     parser.add_argument("--paired", type=int, default=130, help="images in a batch, and compared in pairs (130)")
     parser.add_argument("--images", type=int, default=0, help="images in a set to judge (0: none are judged)")
     parser.add_argument("--judged", type=float, nargs="*", help="budgets of which sets are judged (all)")
-    parser.add_argument("--calibrated", type=int, default=40, help="samples to calibrate optimal schedules (40)")
+    parser.add_argument("--calibrated", type=int, default=80, help="samples to calibrate optimal schedules (80)")
     parser.add_argument("--lags", type=int, default=8, help="the longest reuse of optimal schedules (8)")
     parser.add_argument("--shares", type=float, nargs="*", default=(0.6,), help="budgets beside those of the intervals")
     parser.add_argument("--intervals", type=int, nargs="+", default=(2, 3, 4, 5), help="n of every n-th step")
@@ -293,6 +337,7 @@ def main() -> None:
         if arguments.times:
             result = json.loads((RESULTS / f"{name}.json").read_text())
             measure_times(arguments, folder, result["rows"])
+            result["timed"] = {"batch": arguments.paired, "threads": torch.get_num_threads()}
             save(result)
         else:
             run(arguments, folder, save)
