@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -111,10 +112,11 @@ class Program:
         )
 
     def close(self) -> None:
+        """Free caches and variants. What Dynamo has compiled still holds the dispatcher: it is emptied, too."""
         self.bindings.clear()
         self._weight_names.clear()
         self._places.clear()
-        self.dispatcher = self.session.dispatcher(self.builder)
+        self.dispatcher.close()
 
     def _new_binding(self, inputs: Sequence[Any], call: int) -> Binding:
         builder = self.builder
@@ -172,7 +174,16 @@ class Session:
         self.broken = False
         #: Modules that stand as one op in the graph, by name, since it would break inside of them.
         self.whole: tuple[str, ...] = ()
-        self.root = root
+        # Dynamo keeps what it compiled, and so the session, in the globals of the model's own code, even when the model
+        # is gone: the session must not keep the model, and must free what it has when the model goes.
+        self._root = None if root is None else weakref.ref(root)
+        if root is not None:
+            weakref.finalize(root, _close, weakref.ref(self)).atexit = False
+
+    @property
+    def root(self) -> torch.nn.Module | None:
+        """The compiled model, if there is a single one and it still exists."""
+        return None if self._root is None else self._root()
 
     def weight_names(self) -> dict[int, str]:
         """Qualified names of the root module's parameters and buffers, by the tensors' identity."""
@@ -208,6 +219,13 @@ class Session:
         program, run = compile_frame(self, gm, inputs)
         self.programs.append(program)
         return run
+
+
+def _close(session: weakref.ref[Session]) -> None:
+    """Close a session whose model is gone, if it is still held."""
+    held = session()
+    if held is not None:
+        held.close()
 
 
 def breaks_of(session: Session) -> Counter[str]:

@@ -192,6 +192,9 @@ class _NotRun:
     def __call__(self, inputs: list[Any]) -> Sequence[Any]:
         raise _Captured
 
+    def close(self) -> None:
+        pass
+
 
 class _CaptureSession(Session):
     def dispatcher(self, builder: GraphBuilder) -> _NotRun:

@@ -103,7 +103,7 @@ def _observe(
     place = ForwardPlace(model)
     observed = _ObservedForward(model, place.forward, recorder, progress)
     place.put(observed)
-    restore.callback(recorder.forget)
+    restore.callback(recorder.close)
     restore.callback(_take_off, observed, place)
     return observed
 

@@ -256,6 +256,8 @@ class Dispatcher(Protocol):
 
     def __call__(self, inputs: list[Any]) -> Sequence[Any]: ...
 
+    def close(self) -> None: ...
+
 
 class GuardedProgram:
     """The dispatcher of a captured graph with guards: decides, and runs the variant for the decision."""
@@ -297,6 +299,12 @@ class GuardedProgram:
             log.debug("step %d, stream %s: computed %d of %d", clock.step, clock.stream, computed, len(binding.sites))
         binding.calls[mask, variant.flops] += 1
         return outputs
+
+    def close(self) -> None:
+        """Forget the variants, and with the binding its caches."""
+        self.variants.clear()
+        self._holds.clear()
+        self.binding = None
 
     def _variant(self, mask: Mask, signature: tuple[Any, ...], inputs: Sequence[Any]) -> Variant:
         if not signature:

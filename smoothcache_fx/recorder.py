@@ -69,6 +69,10 @@ class ObservedProgram:
         self.recorder.record(self.binding, values)
         return outputs[:own]
 
+    def close(self) -> None:
+        self._readers.clear()
+        self.binding = None
+
     def _read(self, inputs: list[Any], reads: Reads) -> Sequence[Any]:
         """The graph's outputs if sites are read in place of being computed.
 
@@ -237,9 +241,10 @@ class Recorder(Session):
             setattr(self, name, {})
         return kept
 
-    def forget(self) -> None:
-        """Free the kept outputs: Dynamo holds on to the recorder for as long as to what it compiled."""
+    def close(self) -> None:
+        """Free the kept outputs, too."""
         self._history.clear()
+        super().close()
 
     def _note_products(
         self, binding: Binding, values: list[list[torch.Tensor]], history: Sequence[_Kept]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -69,6 +71,37 @@ def test_remove_gives_everything_back(model):
     with torch.no_grad():
         assert torch.equal(model(x, c), before)
     smoothcache.compile(model, SCHEDULE, backend="eager")  # and it can be compiled again
+
+
+def _held(model):
+    """Weak references to all that a compiled model has made: caches, and what variants run."""
+    (program,) = model.forward.session.programs
+    streams = [stream for binding in program.bindings for stream in binding.streams.values()]
+    buffers = [buffer for stream in streams for buffer in stream.buffers if buffer is not None]
+    variants = program.dispatcher.variants.values()
+    assert buffers and variants
+    return [*map(weakref.ref, buffers), *map(weakref.ref, variants)]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_remove_frees_caches_and_variants(model, backend):
+    smoothcache.compile(model, SCHEDULE, backend=backend)
+    run(model, 2)
+    held = _held(model)
+    smoothcache.remove(model)
+    gc.collect()
+    assert not [reference() for reference in held if reference() is not None]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_model_that_is_let_go_takes_everything_along(backend):
+    model = randomize(Stack(), 0).eval()
+    smoothcache.compile(model, SCHEDULE, backend=backend)
+    run(model, 2)
+    held = [weakref.ref(model), *_held(model)]
+    del model
+    gc.collect()
+    assert not [reference() for reference in held if reference() is not None]
 
 
 def test_remove_gives_back_a_forward_that_someone_else_had_put_there(model):
