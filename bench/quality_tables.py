@@ -21,14 +21,8 @@ STYLES = {
     "TaylorSeer, order 1": (COLOURS[2], "D--"),
     "TaylorSeer, order 2": (COLOURS[3], "D--"),
     "chosen": ("black", "o-"),
-    "chosen by the converged": ("black", "o:"),
 }
-LABELS = {
-    "alpha": "alpha rule (SmoothCache)",
-    "every n-th step": "every n-th step (FORA)",
-    "chosen": "choose (ours)",
-    "chosen by the converged": "choose (ours) by the converged sample",
-}
+LABELS = {"alpha": "alpha rule (SmoothCache)", "every n-th step": "every n-th step (FORA)", "chosen": "choose (ours)"}
 
 
 def write_all() -> None:
@@ -66,7 +60,7 @@ def page(results: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def _cells(row: dict[str, Any]) -> Iterator[str]:
-    yield row["method"] + (f" (order {row['order']})" if row["method"] in ("chosen", "chosen by the converged") else "")
+    yield row["method"] + (f" (order {row['order']})" if row["method"] == "chosen" else "")
     yield f"{row['compute']:.2f}"
     for key in ("", "_converged", "_set"):
         value, error = row.get(f"psnr{key}"), row.get(f"psnr_error{key}")

@@ -85,10 +85,13 @@ class Program:
 
     def bind(self, inputs: Sequence[Any]) -> Binding:
         """The binding for the frame's inputs: the weights say at which module, the count says which call of it."""
-        key = tuple(map(id, self._weights_among(inputs)))
+        weights = self._weights_among(inputs)
+        key = tuple(map(id, weights))
         place = self._places.get(key)
         if place is None:
             place = self._places[key] = _Place()
+            leave = functools.partial(_leave, weakref.ref(self), key)
+            place.weights = [weakref.ref(weight, leave) for weight in weights]
         serial = self.session.clock.serial
         self.session.broken |= self.session.ran_at == serial
         self.session.ran_at = serial
@@ -110,6 +113,12 @@ class Program:
             # A graph without weights is a piece of a branch: an attention op between two breaks.
             if not weights or any(container_of(_weight_name(weight, names)) in containers for weight in weights)
         )
+
+    def leave(self, key: tuple[int, ...]) -> None:
+        """Free the caches of a place that has lost a weight: another one may have its identity next."""
+        place = self._places.pop(key, None)
+        for binding in () if place is None else place.bindings:
+            binding.streams.clear()
 
     def close(self) -> None:
         """Free caches and variants. What Dynamo has compiled still holds the dispatcher: it is emptied, too."""
@@ -145,6 +154,12 @@ class Program:
         return Binding(sites, self.session.plan(sites), builder.buffer_count)
 
 
+def _leave(program: weakref.ref[Program], key: tuple[int, ...], lost: object) -> None:
+    held = program()
+    if held is not None:
+        held.leave(key)
+
+
 def _weight_name(weight: Node, names: Mapping[int, str]) -> str:
     """The name of a weight's placeholder, given the names of the frame's inputs at some place."""
     index = _torch.dynamo_input_index(weight)
@@ -156,6 +171,7 @@ class _Place:
 
     def __init__(self) -> None:
         self.bindings: list[Binding] = []
+        self.weights: list[weakref.ref[torch.Tensor]] = []
         self.serial = -1
         self.calls = 0
 
@@ -285,7 +301,8 @@ def compile_frame(session: Session, gm: GraphModule, inputs: Sequence[Any]) -> t
 
 
 # For ``torch.compile(model, backend="smoothcache")`` there is no call of ours around the model's: a program ticks the
-# clock itself, and recompiles of one model find its clock by the parameter that the graph uses first.
+# clock itself. One program may run for several models of a class, and one model may have several, for other shapes:
+# the clock is found by the parameter that the graph uses first.
 _clocks = WeakIdKeyDictionary()
 
 
@@ -314,18 +331,22 @@ def smoothcache_backend(
         )
     name, calls = settings.pop("backend", "inductor"), settings.pop("calls_per_step", 1)
     inner = inner_compiler(name, mode, settings or None, None)
-    weight = next((value for value in inputs if isinstance(value, torch.nn.Parameter)), None)
-    clock = Clock(schedule.steps, calls)
-    if weight is not None:
-        clock = _clocks.setdefault(weight, clock)
-        if (clock.steps, clock.calls_per_step) != (schedule.steps, calls):
-            clock = _clocks[weight] = Clock(schedule.steps, calls)
-    session = Session(schedule, inner, clock, None)
+    session = Session(schedule, inner, Clock(schedule.steps, calls), None)
     program, run = compile_frame(session, gm, inputs)
     check_selectors(schedule, program.builder.sites)
+    weights = program.frame.weights
+
+    def clock_of(arguments: Sequence[Any]) -> Clock:
+        if not weights:
+            return session.clock
+        clock = _clocks.get(arguments[weights[0]])
+        if clock is None or (clock.steps, clock.calls_per_step) != (schedule.steps, calls):
+            clock = _clocks[arguments[weights[0]]] = Clock(schedule.steps, calls)
+        return clock
 
     @functools.wraps(run)
     def tick_and_run(*arguments: Any) -> Any:
+        clock = session.clock = program.dispatcher.clock = clock_of(arguments)
         clock.tick()
         try:
             return run(*arguments)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import textwrap
+import weakref
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from cases import randomize
 from oracle import Oracle
 from smoothcache_fx import NoSitesError, Schedule, ScheduleError
 from smoothcache_fx.forward import compiled_forward
+from smoothcache_fx.program import Stream
 
 
 class Branch:
@@ -346,6 +349,43 @@ def test_the_backend_by_name_keeps_its_step_over_a_recompile(registered):
         compiled(x, c)
         x, c = inputs(3)
         torch.testing.assert_close(compiled(x, c), reference(x, c), rtol=1e-5, atol=1e-5)  # step 3 computes
+
+
+def test_the_backend_by_name_keeps_models_of_one_class_apart(registered):
+    """Dynamo runs one graph for both, and yet each has its own steps and caches: they take turns here."""
+    schedule = Schedule(4, {"attn": [1, 0, 1, 0], "ffn": [1, 0, 0, 1]})
+    options = {"schedule": schedule, "backend": "eager"}
+    together = [
+        torch.compile(randomize(Stack(), seed).eval(), backend="smoothcache", options=options) for seed in (0, 1)
+    ]
+    alone = [smoothcache.compile(randomize(Stack(), seed).eval(), schedule, backend="eager") for seed in (0, 1)]
+    with torch.no_grad():
+        for _ in range(6):
+            x, c = inputs()
+            x = x * torch.rand(())  # no step is like another
+            for one, other in zip(together, alone, strict=True):
+                assert torch.equal(one(x, c), other(x, c))
+
+
+def test_a_program_frees_the_caches_of_models_that_are_gone(registered, monkeypatch):
+    """Another model may have its weights where theirs were, and must not read these."""
+    streams = []
+
+    def noted(*arguments):
+        stream = Stream(*arguments)
+        streams.append(weakref.ref(stream))
+        return stream
+
+    monkeypatch.setattr("smoothcache_fx.program.Stream", noted)
+    options = {"schedule": Schedule(4, {"attn": [1, 0, 1, 0]}), "backend": "eager"}
+    for seed in range(3):
+        model = torch.compile(randomize(Stack(), seed).eval(), backend="smoothcache", options=options)
+        with torch.no_grad():
+            model(*inputs())
+        assert len(streams) == seed + 1 and streams[-1]() is not None
+        del model
+        gc.collect()
+        assert streams[-1]() is None
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_the_frontier_of_quality(monkeypatch, capsys, tmp_path):
 
     def figures() -> dict[str, float]:
         run_script("quality", f"{size} --folder {tmp_path}", monkeypatch)
-        rows = re.findall(r"^(.+?)  +([\d.]+)  +([\d.]+) \(", capsys.readouterr().out, re.MULTILINE)
+        rows = re.findall(r"^(.+?)  +([\d.]+)  +([\d.]+) \+- [\d.]+ \(", capsys.readouterr().out, re.MULTILINE)
         return {method: float(decibels) for method, _, decibels in rows}
 
     found = figures()
