@@ -191,10 +191,8 @@ class Session:
         #: Modules that stand as one op in the graph, by name, since it would break inside of them.
         self.whole: tuple[str, ...] = ()
         # Dynamo keeps what it compiled, and so the session, in the globals of the model's own code, even when the model
-        # is gone: the session must not keep the model, and must free what it has when the model goes.
+        # is gone: the session must not keep the model.
         self._root = None if root is None else weakref.ref(root)
-        if root is not None:
-            weakref.finalize(root, _close, weakref.ref(self)).atexit = False
 
     @property
     def root(self) -> torch.nn.Module | None:
@@ -207,6 +205,10 @@ class Session:
 
     def plan(self, sites: Sequence[SiteInfo]) -> Plan:
         return plan_sites(self.schedule, sites)
+
+    def close_with(self, model: torch.nn.Module) -> None:
+        """Close when the model goes."""
+        weakref.finalize(model, _close, weakref.ref(self)).atexit = False
 
     def close(self) -> None:
         """Free caches and variants: Dynamo holds on to the session for as long as to what it compiled."""
@@ -238,7 +240,6 @@ class Session:
 
 
 def _close(session: weakref.ref[Session]) -> None:
-    """Close a session whose model is gone, if it is still held."""
     held = session()
     if held is not None:
         held.close()

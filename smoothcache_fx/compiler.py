@@ -96,6 +96,7 @@ def _install(
     model: torch.nn.Module, schedule: Schedule, clock: Clock | DenoiserClock, settings: Mapping[str, Any]
 ) -> CompiledForward:
     session = Session(schedule, _inner_compiler(settings), clock, model)
+    session.close_with(model)
     place = ForwardPlace(model)
     compiled = Traced(
         place.forward,
