@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, interleaved, summary, write_result
+from common import RESULTS, interleaved, ratio_of_medians, summary, write_result
 from quality_samplers import SAMPLERS, Sampler
 from quality_tables import write_all
 from torch import Tensor
@@ -134,8 +134,12 @@ def kept_images(path: Path, make: Callable[[], Tensor]) -> Tensor:
 
 
 def digest(schedule: Schedule) -> str:
-    """Names what is sampled with a schedule, in all runs."""
-    return hashlib.sha256(repr(replace(schedule, flops=None)).encode()).hexdigest()[:16]
+    """Names what is sampled with a schedule, in all runs: one row for all groups is the same as one for each kind."""
+    schedule = replace(schedule, flops=None)
+    rows = {*schedule.compute.values()}
+    if len(rows) == 1 and isinstance(schedule.order, int):
+        schedule = replace(schedule, compute=dict.fromkeys(("attn", "ffn"), rows.pop()))
+    return hashlib.sha256(repr(schedule).encode()).hexdigest()[:16]
 
 
 def cached_copy(model: torch.nn.Module, schedule: Schedule, backend: str) -> torch.nn.Module:
@@ -278,23 +282,35 @@ def verdict(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def measure_times(arguments: argparse.Namespace, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add seconds an image, in a batch of ``--paired``, to the rows of `JUDGED` methods, all taking turns."""
+    """Add seconds an image, in a batch of ``--paired``, to the rows of `JUDGED` methods.
+
+    Those of one budget take turns with the uncached, and what they share of its time is the median over the rounds:
+    how fast the machine is changes while all are measured.
+    """
     sampler = SAMPLERS[arguments.sampler]
     model = load_model("cuda" if torch.cuda.is_available() else "cpu")
-    points = [point for point in kept_plan(folder, list) if point.method in JUDGED]
+    uncached, *points = (point for point in kept_plan(folder, list) if point.method in JUDGED)
+    row_of = {(row["method"], row["budget"]): row for row in rows}
     labels = torch.arange(arguments.paired) % model.num_classes
-    schedules = list(dict.fromkeys(point.schedule for point in points))
-    sampled = {schedule: cached_copy(model, schedule, "inductor") for schedule in schedules}
+    whole: list[float] = []
+    for budget in sorted({point.budget for point in points}, reverse=True):
+        near = [point for point in points if point.budget == budget]
+        schedules = {digest(point.schedule): point.schedule for point in (uncached, *near)}
+        sampled = {name: cached_copy(model, schedule, arguments.backend) for name, schedule in schedules.items()}
 
-    def once(schedule: Schedule) -> Callable[[], object]:
-        return lambda: sampler.run(sampled[schedule], labels, schedule.steps, 5)
+        def once(name: str, sampled: Any = sampled, schedules: Any = schedules) -> Callable[[], object]:
+            return lambda: sampler.run(sampled[name], labels, schedules[name].steps, 5)
 
-    seconds = interleaved({str(i): once(schedule) for i, schedule in enumerate(schedules)}, rounds=3)
-    for point in points:
-        took = summary([each / len(labels) for each in seconds[str(schedules.index(point.schedule))]])
-        row = next(row for row in rows if (row["method"], row["budget"]) == (point.method, point.budget))
-        row["seconds"] = took
-        print(f"{point.method:28s} {row['compute']:.2f}  {took['median']:.3f} s/image", flush=True)
+        seconds = interleaved({name: once(name) for name in schedules}, rounds=5)
+        base = seconds[digest(uncached.schedule)]
+        whole += base
+        for point in near:
+            own, row = seconds[digest(point.schedule)], row_of[point.method, budget]
+            row["seconds"] = summary([each / len(labels) for each in own])
+            row["share_of_time"] = ratio_of_medians(own, base)
+            print(f"{point.method:28s} {row['compute']:.2f}  {row['share_of_time']:.3f} of the uncached", flush=True)
+    row = row_of[uncached.method, uncached.budget]
+    row["seconds"], row["share_of_time"] = summary([each / len(labels) for each in whole]), 1.0
 
 
 def main() -> None:
@@ -308,12 +324,13 @@ def main() -> None:
     parser.add_argument("--lags", type=int, default=8, help="the longest reuse of optimal schedules (8)")
     parser.add_argument("--shares", type=float, nargs="*", default=(0.6,), help="budgets beside those of the intervals")
     parser.add_argument("--intervals", type=int, nargs="+", default=(2, 3, 4, 5), help="n of every n-th step")
-    parser.add_argument("--backend", default="eager", help="inner compiler while sampling (eager)")
+    parser.add_argument("--backend", help="inner compiler (eager; for times inductor)")
     parser.add_argument("--folder", type=Path, help="keep schedules and images here, and go on from what is there")
     parser.add_argument("--times", action="store_true", help="add wall times to what was written; run on nothing else")
     parser.add_argument("--write", action="store_true", help="write bench/results/ and docs/bench/")
     arguments = parser.parse_args()
     arguments.steps = arguments.steps or SAMPLERS[arguments.sampler].steps
+    arguments.backend = arguments.backend or ("inductor" if arguments.times else "eager")
     name = f"quality_{arguments.sampler}"
 
     def save(result: dict[str, Any]) -> None:
@@ -328,7 +345,8 @@ def main() -> None:
         if arguments.times:
             result = json.loads((RESULTS / f"{name}.json").read_text())
             measure_times(arguments, folder, result["rows"])
-            result["timed"] = {"batch": arguments.paired, "threads": torch.get_num_threads()}
+            timed = {"batch": arguments.paired, "backend": arguments.backend, "threads": torch.get_num_threads()}
+            result["timed"] = timed
             save(result)
         else:
             run(arguments, folder, save)

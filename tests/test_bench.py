@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import re
 import runpy
 import sys
@@ -107,10 +108,14 @@ def test_the_frontier_of_quality(monkeypatch, capsys, tmp_path):
     model = load_model("cpu")
     model.blocks = model.blocks[:3]  # tracing all of them two dozen times takes minutes
     monkeypatch.setattr(weights, "load_model", lambda device: copy.deepcopy(model))
+    monkeypatch.syspath_prepend(str(BENCH))
+    for module in map(importlib.import_module, ("common", "quality_tables")):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(importlib.import_module("quality_tables"), "PICTURES", tmp_path)
     size = "--steps 20 --paired 4 --images 36 --intervals 3 --shares --calibrated 2 --lags 4"
 
     def figures() -> dict[str, float]:
-        run_script("quality", f"{size} --folder {tmp_path}", monkeypatch)
+        run_script("quality", f"{size} --folder {tmp_path} --write", monkeypatch)
         rows = re.findall(r"^(.+?)  +([\d.]+)  +([\d.]+) \+- [\d.]+ \(", capsys.readouterr().out, re.MULTILINE)
         return {method: float(decibels) for method, _, decibels in rows}
 
@@ -120,8 +125,13 @@ def test_the_frontier_of_quality(monkeypatch, capsys, tmp_path):
     assert set(found) == {"fewer steps", "alpha", "every n-th step", "optimal, order 0", "chosen", *orders, *narrow}
     assert found["TaylorSeer, order 1"] > found["every n-th step"] + 3
     assert found["chosen"] > found["every n-th step"] + 6
-    monkeypatch.setattr(smoothcache, "compile", None)  # nothing is sampled again
-    assert figures() == found
+    with monkeypatch.context() as context:
+        context.setattr(smoothcache, "compile", None)  # nothing is sampled again
+        assert figures() == found
+    run_script("quality", f"{size} --folder {tmp_path} --times --backend eager --write", monkeypatch)
+    rows = {row["method"]: row for row in json.loads((tmp_path / "quality_euler.json").read_text())["rows"]}
+    assert rows["chosen"]["share_of_time"] < rows["uncached"]["share_of_time"] == 1
+    assert "4, eager, " in (tmp_path / "quality.md").read_text() and (tmp_path / "quality.png").exists()
 
 
 def test_the_samplers_of_quality_agree(monkeypatch):
