@@ -100,10 +100,9 @@ def plan(model: torch.nn.Module, sampler: Sampler, arguments: argparse.Namespace
         for order in ORDERS:
             best = calibration.schedule(compute=share, solver="optimal", order=order)
             points.append(Point(f"optimal, order {order}", share, best))
-        # Once uncached, and with the six of least predicted error.
-        choice = smoothcache.choose(
-            model, together, compute=share, calibration=calibration, trajectories=7, progress=False
-        )
+        # Once uncached, and with those of least predicted error.
+        budget = {"compute": share, "trajectories": arguments.trajectories}
+        choice = smoothcache.choose(model, together, **budget, calibration=calibration, progress=False)
         print(f"{choice}\n", flush=True)
         points.append(Point("chosen", share, choice.schedule))
         if choice.schedule.highest_order:
@@ -322,6 +321,7 @@ def main() -> None:
     parser.add_argument("--judged", type=float, nargs="*", help="budgets of which sets are judged (all)")
     parser.add_argument("--calibrated", type=int, default=80, help="samples to calibrate optimal schedules (80)")
     parser.add_argument("--lags", type=int, default=8, help="the longest reuse of optimal schedules (8)")
+    parser.add_argument("--trajectories", type=int, default=7, help="that `choose` takes for a budget (7)")
     parser.add_argument("--shares", type=float, nargs="*", default=(0.6,), help="budgets beside those of the intervals")
     parser.add_argument("--intervals", type=int, nargs="+", default=(2, 3, 4, 5), help="n of every n-th step")
     parser.add_argument("--backend", help="inner compiler (eager; for times inductor)")
