@@ -143,7 +143,7 @@ def _level(axis: Any, name: str, value: float | None) -> None:
 def _panel(axis: Any, rows: list[dict[str, Any]], x: str, y: str, title: str, error: str | None = None) -> None:
     for number, (method, (colour, line)) in enumerate(STYLES.items()):
         points = [row for row in rows if row["method"] == method and row.get(y) is not None and x in row]
-        points.sort(key=lambda row: row["compute"])
+        points.sort(key=lambda row: row[x])
         apart = 0.004 * (number - 2.5) if error else 0.0  # bars side by side
         across = [row[x] + apart for row in points]
         bars = [row[error] for row in points] if error else None
