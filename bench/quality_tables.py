@@ -22,6 +22,10 @@ STYLES = {
     "TaylorSeer, order 2": (COLOURS[3], "D--"),
     "chosen": ("black", "o-"),
 }
+TITLES = (
+    *("compute", "PSNR", "median", "converged", "median", "of the set", "median"),
+    *("recognised", "Frechet distance", "over uncached", "s/image", "of uncached"),
+)
 LABELS = {"alpha": "alpha rule (SmoothCache)", "every n-th step": "every n-th step (FORA)", "chosen": "choose (ours)"}
 
 
@@ -52,9 +56,8 @@ def page(results: dict[str, dict[str, Any]]) -> Iterator[str]:
             f"{machine['device']}, torch {machine['torch']}, {machine['date']}."
         )
         yield ""
-        titles = ("compute", "PSNR", "median", "converged", "median", "of the set", "recognised", "Frechet distance")
-        yield " | ".join(("| ", *titles, "over uncached", "s/image", "of uncached |"))
-        yield "| --- " + "| ---: " * (len(titles) + 3) + "|"
+        yield f"|  | {' | '.join(TITLES)} |"
+        yield "| --- " + "| ---: " * len(TITLES) + "|"
         for row in sorted(result["rows"], key=lambda row: -row["budget"]):
             yield "| " + " | ".join(_cells(row)) + " |"
 
@@ -65,8 +68,7 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
     for key in ("", "_converged", "_set"):
         value, error = row.get(f"psnr{key}"), row.get(f"psnr_error{key}")
         yield "" if value is None else f"{value:.1f}" if error is None else f"{value:.1f} ± {error:.1f}"
-        if key != "_set":
-            yield "" if value is None else f"{row[f'median_psnr{key}']:.1f}"
+        yield "" if value is None else f"{row[f'median_psnr{key}']:.1f}"
     yield f"{row['accuracy']:.2%}" if "accuracy" in row else ""
     yield f"{row['frechet']:.3f} ± {row['frechet_error']:.3f}" if "frechet" in row else ""
     beside = "frechet_over_uncached" in row and row["method"] != "uncached"
