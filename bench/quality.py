@@ -6,7 +6,7 @@ every n-th step (FORA), the same with forecasts (TaylorSeer), optimal rows, and 
 of differences in a narrower dtype. What is calibrated is calibrated on other noise.
 
 Paired samples are compared with the uncached ones, and with those of four times the steps, which the sampler converges
-to. Of the methods in `JUDGED` whole sets of images are compared with real ones.
+to. Of the methods in `JUDGED`, at some budgets of all, whole sets of images are compared with real ones.
 
 Sampling takes long: ``--folder`` keeps schedules and images, so that a run that was cut goes on.
 ``--times`` measures wall time of the judged methods for the plans that a run left there, and wants a quiet machine.
@@ -19,6 +19,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from common import RESULTS, interleaved, ratio_of_medians, summary, write_result
 from quality_samplers import SAMPLERS, Sampler
-from quality_tables import write_all
+from quality_tables import FAR, write_all
 from torch import Tensor
 
 import smoothcache_fx as smoothcache
@@ -72,8 +73,10 @@ def plan(model: torch.nn.Module, sampler: Sampler, arguments: argparse.Namespace
         share = uniform.compute_fraction
         points.append(Point("every n-th step", share, uniform))
         points += [Point(f"TaylorSeer, order {order}", share, replace(uniform, order=order)) for order in ORDERS[1:]]
-    shares = sorted({*arguments.shares, *(point.budget for point in points[1:])}, reverse=True)
-    points += [Point("fewer steps", share, Schedule(round(share * steps))) for share in shares]
+    budgets = {math.floor(share * steps + 1e-9): share for share in arguments.shares}
+    budgets |= {round(point.budget * steps): point.budget for point in points[1:]}
+    shares = sorted(budgets.values(), reverse=True)
+    points += [Point("fewer steps", share, Schedule(count)) for count, share in sorted(budgets.items(), reverse=True)]
 
     def one_by_one(model: torch.nn.Module) -> None:
         for seed in range(10):  # as the paper calibrates: ten samples
@@ -227,14 +230,18 @@ def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, A
         rows.append(row)
         print(describe(row), flush=True)
     save(result)
-    budgets = sorted({point.budget for point in points}, reverse=True) if arguments.judged is None else arguments.judged
+    all_judged = {round(budget, 2) for budget in arguments.all_judged}
+    budgets = {point.budget for point in points} if arguments.judged is None else arguments.judged
+    budgets = sorted({round(budget, 2) for budget in budgets} - {1.0}, reverse=True)
     for budget in (1.0, *budgets) if batches else ():
         for point, row in zip(points, rows, strict=True):
-            if point.method in JUDGED and abs(point.budget - budget) < 0.005 and "frechet" not in row:
+            judged = point.method in JUDGED or (budget in all_judged and point.schedule.history_dtype is None)
+            if judged and abs(point.budget - budget) < 0.005 and "frechet" not in row:
                 made, uncached = images(point, batches), images(points[0], batches)
                 row |= set_figures(made, uncached, labels.repeat(batches), classifier, real)
                 if point is not points[0]:
                     row |= {f"{name}_set": value for name, value in distances(uncached, made).items()}
+                    row["far_set"] = sum(each < FAR for each in map(psnr, uncached, made))
                 print(describe(row), flush=True)
         save(result)
 
@@ -248,6 +255,7 @@ def describe(row: dict[str, Any]) -> str:
     if "frechet" in row:
         if "psnr_set" in row:
             figures += f", of the set {row['psnr_set']:.1f} +- {row['psnr_error_set']:.1f} dB"
+            figures += f" ({row['far_set']} under {FAR:.0f} dB)"
         figures += f", recognised {row['accuracy']:.2%}, Frechet {row['frechet']:.3f} +- {row['frechet_error']:.3f}"
         figures += f", {row['frechet_over_uncached']:+.3f} +- {row['frechet_over_uncached_error']:.3f} over uncached"
     if "psnr_same_rows" in row:
@@ -319,10 +327,11 @@ def main() -> None:
     parser.add_argument("--paired", type=int, default=130, help="images in a batch, and compared in pairs (130)")
     parser.add_argument("--images", type=int, default=0, help="images in a set to judge (0: none are judged)")
     parser.add_argument("--judged", type=float, nargs="*", help="budgets of which sets are judged (all)")
+    parser.add_argument("--all-judged", type=float, nargs="*", default=(), help="those at which all methods are")
     parser.add_argument("--calibrated", type=int, default=80, help="samples to calibrate optimal schedules (80)")
     parser.add_argument("--lags", type=int, default=8, help="the longest reuse of optimal schedules (8)")
     parser.add_argument("--trajectories", type=int, default=7, help="that `choose` takes for a budget (7)")
-    parser.add_argument("--shares", type=float, nargs="*", default=(0.6,), help="budgets beside those of the intervals")
+    parser.add_argument("--shares", type=float, nargs="*", default=(0.6, 0.3), help="further budgets (0.6 0.3)")
     parser.add_argument("--intervals", type=int, nargs="+", default=(2, 3, 4, 5), help="n of every n-th step")
     parser.add_argument("--backend", help="inner compiler (eager; for times inductor)")
     parser.add_argument("--folder", type=Path, help="keep schedules and images here, and go on from what is there")
