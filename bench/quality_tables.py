@@ -25,7 +25,7 @@ STYLES = {
     "chosen": ("black", "o-"),
 }
 TITLES = (
-    *("compute", "PSNR", "median", "converged", "median", "of the set", "median", f"under {FAR:.0f} dB"),
+    *("compute", "PSNR", "mean", "converged", "mean", "of the set", "mean", f"under {FAR:.0f} dB"),
     *("recognised", "Frechet distance", "over uncached", "s/image", "of uncached"),
 )
 LABELS = {"alpha": "alpha rule (SmoothCache)", "every n-th step": "every n-th step (FORA)", "chosen": "choose (ours)"}
@@ -53,7 +53,7 @@ def page(results: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield f"## {SAMPLERS[sampler].title}, {arguments['steps']} steps"
         yield ""
         yield (
-            f"PSNR in dB, of all images together and the median image, to the uncached samples and to those of "
+            f"PSNR in dB, of all images together and the images' mean, to the uncached samples and to those of "
             f"{4 * arguments['steps']} steps: {arguments['paired']} images. {_sets(result)}{_times(result)}"
             f"{machine['device']}, torch {machine['torch']}, {machine['date']}."
         )
@@ -70,7 +70,7 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
     for key in ("", "_converged", "_set"):
         value, error = row.get(f"psnr{key}"), row.get(f"psnr_error{key}")
         yield "" if value is None else f"{value:.1f}" if error is None else f"{value:.1f} ± {error:.1f}"
-        yield "" if value is None else f"{row[f'median_psnr{key}']:.1f}"
+        yield "" if value is None else f"{row[f'mean_psnr{key}']:.1f} ± {row[f'mean_psnr_error{key}']:.1f}"
     yield str(row.get("far_set", ""))
     yield f"{row['accuracy']:.2%}" if "accuracy" in row else ""
     yield f"{row['frechet']:.3f} ± {row['frechet_error']:.3f}" if "frechet" in row else ""
