@@ -241,6 +241,22 @@ def test_an_optimal_schedule_is_predicted_to_be_best(calibration):
             assert plan.error(row) <= plan.error([step in others for step in range(STEPS)])
 
 
+def test_the_longest_reuse(model, calibration):
+    """Two of twelve steps: what three lags cannot, eight can, and it is as far off as predicted."""
+    with pytest.raises(CalibrationError):
+        calibration.schedule(compute=2 / STEPS, solver="optimal", order=1)
+    longer = smoothcache.calibrate(model, run, lags=8, order=1, progress=False)
+    longer = smoothcache.measure_sensitivity(model, run, longer, probes=4, progress=False)
+    for count in (2, 3):
+        schedule = longer.schedule(compute=count / STEPS, solver="optimal", order=1)
+        (row,) = set(schedule.compute.values())
+        assert sum(row) == count and 3 < max(reused for _, reused in segments(row)) <= 8
+        compiled = copy.deepcopy(model)
+        smoothcache.compile(compiled, schedule, backend="eager")
+        actual = relative_l2(run(model), run(compiled))
+        assert actual / 2 < longer.predicted_error(schedule) < actual * 2
+
+
 def test_an_optimal_schedule_is_nearer_to_the_uncached_sample(model, calibration):
     """Than the paper's rule at no less compute, on seeds that the calibration has not seen."""
     labels = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
