@@ -8,8 +8,8 @@ of differences in a narrower dtype. What is calibrated is calibrated on other no
 Paired samples are compared with the uncached ones, and with those of four times the steps, which the sampler converges
 to. Of the methods in `JUDGED`, at some budgets of all, whole sets of images are compared with real ones.
 
-Sampling takes long: ``--folder`` keeps schedules and images, so that a run that was cut goes on.
-``--times`` measures wall time of the judged methods for the plans that a run left there, and wants a quiet machine.
+Sampling takes long: ``--folder`` keeps schedules, images and times, so that a run that was cut goes on.
+``--times`` measures wall time for the plans that a run left there, and wants a quiet machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -294,36 +294,59 @@ def verdict(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def measure_times(arguments: argparse.Namespace, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add seconds an image, in a batch of ``--paired``, to the rows of `JUDGED` methods.
+def measure_times(arguments: argparse.Namespace, folder: Path) -> None:
+    """Keep in the folder how many seconds a batch of ``--paired`` takes, of all methods but narrower histories.
 
-    Those of one budget take turns with the uncached, and what they share of its time is the median over the rounds:
-    how fast the machine is changes while all are measured.
+    Those of one budget take turns with the uncached: how fast the machine is changes while all are measured.
     """
     sampler = SAMPLERS[arguments.sampler]
     model = load_model("cuda" if torch.cuda.is_available() else "cpu")
-    uncached, *points = (point for point in kept_plan(folder, list) if point.method in JUDGED)
-    row_of = {(row["method"], row["budget"]): row for row in rows}
+    uncached, *points = (point for point in kept_plan(folder, list) if point.schedule.history_dtype is None)
     labels = torch.arange(arguments.paired) % model.num_classes
-    whole: list[float] = []
-    for budget in sorted({point.budget for point in points}, reverse=True):
-        near = [point for point in points if point.budget == budget]
-        schedules = {digest(point.schedule): point.schedule for point in (uncached, *near)}
+    path = folder / "times.json"
+    how = {"batch": arguments.paired, "backend": arguments.backend, "threads": torch.get_num_threads()}
+    kept = json.loads(path.read_text()) if path.exists() else {"timed": how, "budgets": []}
+    if kept["timed"] != how:
+        raise SystemExit(f"{path} has times of {kept['timed']}, not of {how}: remove it to measure anew")
+    done = [budget["budget"] for budget in kept["budgets"]]
+    for budget in sorted({point.budget for point in points}.difference(done), reverse=True):
+        near = [uncached, *(point for point in points if point.budget == budget)]
+        schedules = {digest(point.schedule): point.schedule for point in near}
         sampled = {name: cached_copy(model, schedule, arguments.backend) for name, schedule in schedules.items()}
 
         def once(name: str, sampled: Any = sampled, schedules: Any = schedules) -> Callable[[], object]:
             return lambda: sampler.run(sampled[name], labels, schedules[name].steps, 5)
 
         seconds = interleaved({name: once(name) for name in schedules}, rounds=5)
-        base = seconds[digest(uncached.schedule)]
-        whole += base
-        for point in near:
-            own, row = seconds[digest(point.schedule)], row_of[point.method, budget]
-            row["seconds"] = summary([each / len(labels) for each in own])
-            row["share_of_time"] = ratio_of_medians(own, base)
-            print(f"{point.method:28s} {row['compute']:.2f}  {row['share_of_time']:.3f} of the uncached", flush=True)
-    row = row_of[uncached.method, uncached.budget]
-    row["seconds"], row["share_of_time"] = summary([each / len(labels) for each in whole]), 1.0
+        batches = {point.method: seconds[digest(point.schedule)] for point in near}
+        kept["budgets"].append({"budget": budget, "seconds": batches})
+        path.write_text(json.dumps(kept))
+        for method, own in batches.items():
+            share = ratio_of_medians(own, batches[uncached.method])
+            print(f"{method:28s} {budget:.2f}  {share:.3f} of the uncached", flush=True)
+
+
+def add_times(result: dict[str, Any], folder: Path) -> None:
+    """Give the rows of a result what `measure_times` left in the folder, if it did.
+
+    That is seconds an image, and what they share of the uncached time, the median over the rounds.
+    """
+    path = folder / "times.json"
+    if not path.exists():
+        return
+    kept = json.loads(path.read_text())
+    result["timed"] = kept["timed"]
+    seconds = {(method, near["budget"]): own for near in kept["budgets"] for method, own in near["seconds"].items()}
+    base = {near["budget"]: near["seconds"]["uncached"] for near in kept["budgets"]}
+    for row in result["rows"]:
+        if row["method"] == "uncached":
+            own = same = [each for near in base.values() for each in near]
+        elif (row["method"], row["budget"]) in seconds:
+            own, same = seconds[row["method"], row["budget"]], base[row["budget"]]
+        else:
+            continue
+        row["seconds"] = summary([each / kept["timed"]["batch"] for each in own])
+        row["share_of_time"] = ratio_of_medians(own, same)
 
 
 def main() -> None:
@@ -349,6 +372,7 @@ def main() -> None:
     name = f"quality_{arguments.sampler}"
 
     def save(result: dict[str, Any]) -> None:
+        add_times(result, folder)
         result["verdict"] = verdict(result)
         if arguments.write:
             print(f"written to {write_result(name, result)}", flush=True)
@@ -359,9 +383,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if arguments.times:
             result = json.loads((RESULTS / f"{name}.json").read_text())
-            measure_times(arguments, folder, result["rows"])
-            timed = {"batch": arguments.paired, "backend": arguments.backend, "threads": torch.get_num_threads()}
-            result["timed"] = timed
+            measure_times(arguments, folder)
             save(result)
         else:
             run(arguments, folder, save)

@@ -126,14 +126,19 @@ def test_the_frontier_of_quality(monkeypatch, capsys, tmp_path):
     assert set(found) == {"fewer steps", "alpha", "every n-th step", "optimal, order 0", "chosen", *orders, *narrow}
     assert found["TaylorSeer, order 1"] > found["every n-th step"] + 3
     assert found["chosen"] > found["every n-th step"] + 6
+    times = f"{size} --folder {tmp_path} --times --backend eager --write"
+    run_script("quality", times, monkeypatch)
+    capsys.readouterr()
     with monkeypatch.context() as context:
-        context.setattr(smoothcache, "compile", None)  # nothing is sampled again
+        context.setattr(smoothcache, "compile", None)  # nothing is sampled or timed again
         assert figures() == found
-    run_script("quality", f"{size} --folder {tmp_path} --times --backend eager --write", monkeypatch)
+        run_script("quality", times, monkeypatch)
+        with pytest.raises(SystemExit, match="remove it to measure anew"):
+            run_script("quality", times.replace("--paired 4", "--paired 2"), monkeypatch)
     written = json.loads((tmp_path / "quality_euler.json").read_text())["rows"]
     rows = {row["method"]: row for row in written}
     assert len(rows) == len(written)  # eight steps are one budget, 0.40
-    assert {name for name in rows if "frechet" not in rows[name]} == narrow
+    assert all({name for name in rows if figure not in rows[name]} == narrow for figure in ("frechet", "seconds"))
     assert rows["chosen"]["far_set"] <= rows["every n-th step"]["far_set"] <= 36
     assert rows["chosen"]["share_of_time"] < rows["uncached"]["share_of_time"] == 1
     assert "4, eager, " in (tmp_path / "quality.md").read_text() and (tmp_path / "quality.png").exists()
