@@ -94,14 +94,16 @@ def _processor() -> str:
     return f"{names[0]}, {len(names)} cores" if names else platform.processor()
 
 
-def write_result(name: str, result: Mapping[str, Any]) -> Path:
-    """Write ``bench/results/<name>.json`` with the machine's description beside the figures.
-
-    Figures of a GPU go to ``<name>_cuda.json``, beside those of a CPU.
-    """
-    RESULTS.mkdir(exist_ok=True)
+def result_path(name: str) -> Path:
+    """``bench/results/<name>.json``; figures of a GPU are in ``<name>_cuda.json``, beside those of a CPU."""
     if torch.cuda.is_available() and "_cuda" not in name:
         name += "_cuda"
-    path = RESULTS / f"{name}.json"
+    return RESULTS / f"{name}.json"
+
+
+def write_result(name: str, result: Mapping[str, Any]) -> Path:
+    """Write the figures with the machine's description beside them."""
+    path = result_path(name)
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
     return path

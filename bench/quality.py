@@ -9,7 +9,8 @@ Paired samples are compared with the uncached ones, and with those of four times
 to. Of the methods in `JUDGED`, at some budgets of all, whole sets of images are compared with real ones.
 
 Sampling takes long: ``--folder`` keeps schedules, images and times, so that a run that was cut goes on.
-``--times`` measures wall time for the plans that a run left there, and wants a quiet machine.
+``--times`` measures wall time for the plans that a run left there, and wants a quiet machine. With ``--add`` what
+was written before stays but for the ``--methods`` and budgets that are sampled now.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, interleaved, ratio_of_medians, summary, write_result
+from common import interleaved, ratio_of_medians, result_path, summary, write_result
 from quality_samplers import SAMPLERS, Sampler
 from quality_tables import FAR, write_all
 from torch import Tensor
@@ -46,6 +47,12 @@ TAYLORSEER = ("TaylorSeer, order 1", "TaylorSeer, order 2")
 #: Of these as many images are made as a distribution takes; of the others, ``--paired``. Of TaylorSeer's settings the
 #: one that is nearer to the uncached sample with 50 steps.
 JUDGED = ("uncached", "fewer steps", "alpha", "every n-th step", "TaylorSeer, order 2", "chosen")
+#: Arguments that do not change figures.
+HOW = ("folder", "write", "add", "methods", "times")
+#: Arguments that name budgets: results of other budgets can be joined.
+BUDGETS = ("shares", "intervals", "all_judged")
+#: Plans with pairs whose mean PSNR in dB to the converged ones differ by less are the same; rounding moves it too.
+SAME = 0.01
 #: Resamplings of a set of images for the standard error of its Frechet distance.
 RESAMPLINGS = 40
 
@@ -191,6 +198,10 @@ def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, A
     sampler = SAMPLERS[arguments.sampler]
     model = load_model("cuda" if torch.cuda.is_available() else "cpu")
     points = kept_plan(folder, lambda: plan(model, sampler, arguments, folder))
+    if arguments.methods is not None:
+        if unknown := sorted({*arguments.methods}.difference(point.method for point in points)):
+            raise SystemExit(f"no such methods: {unknown}; there are {sorted({point.method for point in points})}")
+        points = [point for point in points if point.method in ("uncached", *arguments.methods)]
     batches = -(-arguments.images // arguments.paired)
     labels = torch.arange(arguments.paired) % model.num_classes
 
@@ -212,9 +223,7 @@ def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, A
     classifier, real = Classifier(), load_digits().held_out_images
     rows: list[dict[str, Any]] = []
     result = {
-        "arguments": {
-            name: value for name, value in vars(arguments).items() if name not in ("folder", "write", "times")
-        },
+        "arguments": recorded(arguments),
         "real_versus_real_frechet_distance": real_frechet_distance(batches * arguments.paired) if batches else None,
         "classifier_held_out_accuracy": classifier.held_out_accuracy,
         "rows": rows,
@@ -335,7 +344,12 @@ def add_times(result: dict[str, Any], folder: Path) -> None:
     if not path.exists():
         return
     kept = json.loads(path.read_text())
-    result["timed"] = kept["timed"]
+    if result.setdefault("timed", kept["timed"]) != kept["timed"]:
+        print(f"wall times of {result['timed']} are left out: those in {path} are of {kept['timed']}", flush=True)
+        for row in result["rows"]:
+            for figure in ("seconds", "share_of_time"):
+                row.pop(figure, None)
+        result["timed"] = kept["timed"]
     seconds = {(method, near["budget"]): own for near in kept["budgets"] for method, own in near["seconds"].items()}
     base = {near["budget"]: near["seconds"]["uncached"] for near in kept["budgets"]}
     for row in result["rows"]:
@@ -347,6 +361,39 @@ def add_times(result: dict[str, Any], folder: Path) -> None:
             continue
         row["seconds"] = summary([each / kept["timed"]["batch"] for each in own])
         row["share_of_time"] = ratio_of_medians(own, same)
+
+
+def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a result says of how it came about."""
+    return {name: value for name, value in vars(arguments).items() if name not in HOW}
+
+
+def earlier_result(path: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """What was written before, if the arguments were the same but for the budgets."""
+    if not path.exists():
+        raise SystemExit(f"there is no {path} to add to: leave out --add")
+    earlier: dict[str, Any] = json.loads(path.read_text())
+    before = earlier["arguments"]
+    if differ := [name for name in now if name not in BUDGETS and now[name] != before.get(name)]:
+        pairs = ", ".join(f"{name} {before.get(name)} before and {now[name]} now" for name in differ)
+        raise SystemExit(f"cannot add to {path}: {pairs}. Make them equal, or leave out --add to write anew")
+    return earlier
+
+
+def joined(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """A result with an earlier one's other rows, and with its wall times where the plan is the same."""
+    arguments = dict(result["arguments"])
+    for name in BUDGETS:
+        arguments[name] = sorted({*earlier["arguments"][name], *arguments[name]}, reverse=name != "intervals")
+    new = {(row["method"], round(row["budget"], 2)): row for row in result["rows"]}
+    rows = []
+    for old in earlier["rows"]:
+        row = dict(new.pop((old["method"], round(old["budget"], 2)), old))
+        if row["compute"] == old["compute"] and abs(row["mean_psnr_converged"] - old["mean_psnr_converged"]) < SAME:
+            row |= {name: old[name] for name in ("seconds", "share_of_time") if name in old}
+        rows.append(row)
+    timed = {"timed": earlier["timed"]} if "timed" in earlier else {}
+    return {**timed, **result, "arguments": arguments, "rows": [*rows, *new.values()]}
 
 
 def main() -> None:
@@ -361,17 +408,26 @@ def main() -> None:
     parser.add_argument("--lags", type=int, default=8, help="the longest reuse of optimal schedules (8)")
     parser.add_argument("--trajectories", type=int, default=7, help="that `choose` takes for a budget (7)")
     parser.add_argument("--shares", type=float, nargs="*", default=(0.6, 0.3), help="further budgets (0.6 0.3)")
-    parser.add_argument("--intervals", type=int, nargs="+", default=(2, 3, 4, 5), help="n of every n-th step")
+    parser.add_argument("--intervals", type=int, nargs="*", default=(2, 3, 4, 5), help="n of every n-th step")
     parser.add_argument("--backend", help="inner compiler (eager; for times inductor)")
     parser.add_argument("--folder", type=Path, help="keep schedules and images here, and go on from what is there")
     parser.add_argument("--times", action="store_true", help="add wall times to what was written; run on nothing else")
     parser.add_argument("--write", action="store_true", help="write bench/results/ and docs/bench/")
+    parser.add_argument("--methods", nargs="+", help="that are sampled, beside the uncached (all)")
+    parser.add_argument("--add", action="store_true", help="keep other methods, budgets and times that were written")
     arguments = parser.parse_args()
     arguments.steps = arguments.steps or SAMPLERS[arguments.sampler].steps
     arguments.backend = arguments.backend or ("inductor" if arguments.times else "eager")
+    if arguments.add and (arguments.times or not arguments.write):
+        parser.error("--add goes with --write and without --times, which adds to what was written anyway")
+    if arguments.methods is not None and arguments.write and not arguments.add:
+        parser.error("--methods with --write would lose the other methods' rows: give --add too")
     name = f"quality_{arguments.sampler}"
+    earlier = earlier_result(result_path(name), recorded(arguments)) if arguments.add else None
 
     def save(result: dict[str, Any]) -> None:
+        if earlier is not None:
+            result = joined(earlier, result)
         add_times(result, folder)
         result["verdict"] = verdict(result)
         if arguments.write:
@@ -382,7 +438,7 @@ def main() -> None:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         if arguments.times:
-            result = json.loads((RESULTS / f"{name}.json").read_text())
+            result = json.loads(result_path(name).read_text())
             measure_times(arguments, folder)
             save(result)
         else:

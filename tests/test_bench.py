@@ -135,7 +135,18 @@ def test_the_frontier_of_quality(monkeypatch, capsys, tmp_path):
         run_script("quality", times, monkeypatch)
         with pytest.raises(SystemExit, match="remove it to measure anew"):
             run_script("quality", times.replace("--paired 4", "--paired 2"), monkeypatch)
-    written = json.loads((tmp_path / "quality_euler.json").read_text())["rows"]
+        path = tmp_path / "quality_euler.json"
+        result = json.loads(path.read_text())
+        other = result["rows"][-1] | {"budget": 0.9}
+        path.write_text(json.dumps(result | {"rows": [*result["rows"], other]}))
+        (tmp_path / "times.json").unlink()
+        some = "--methods chosen alpha --write"
+        run_script("quality", f"{size} --folder {tmp_path} {some} --add", monkeypatch)
+        for wrong in (some, f"{some} --add --paired 2", f"--folder {tmp_path} --methods best"):
+            with pytest.raises(SystemExit):
+                run_script("quality", f"{size} {wrong}", monkeypatch)
+    *written, kept = json.loads(path.read_text())["rows"]
+    assert kept == other and written == result["rows"]
     rows = {row["method"]: row for row in written}
     assert len(rows) == len(written)  # eight steps are one budget, 0.40
     assert all({name for name in rows if figure not in rows[name]} == narrow for figure in ("frechet", "seconds"))
