@@ -292,10 +292,10 @@ def verdict(result: dict[str, Any]) -> dict[str, dict[str, float]]:
         for key in ("psnr", "mean_psnr", "psnr_converged", "mean_psnr_converged", "psnr_set", "mean_psnr_set"):
             for name, methods in (("order 0", without), ("TaylorSeer", TAYLORSEER)):
                 theirs = [row[key] for row in near if row["method"] in methods and key in row]
-                if theirs:
+                if theirs and key in chosen:
                     line[f"{key} over {name}"] = chosen[key] - max(theirs)
         others = [row for row in near if "frechet" in row and row["method"] != "chosen"]
-        if others:
+        if others and "frechet" in chosen:
             best = min(others, key=lambda row: row["frechet"])
             error = float(np.hypot(best["frechet_error"], chosen["frechet_error"]))
             line["frechet, standard errors above the best"] = (chosen["frechet"] - best["frechet"]) / error
@@ -381,7 +381,7 @@ def earlier_result(path: Path, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def joined(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """A result with an earlier one's other rows, and with its wall times where the plan is the same."""
+    """A result with an earlier one's other rows, and with what it knows of the same plans beside."""
     arguments = dict(result["arguments"])
     for name in BUDGETS:
         arguments[name] = sorted({*earlier["arguments"][name], *arguments[name]}, reverse=name != "intervals")
@@ -390,7 +390,7 @@ def joined(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     for old in earlier["rows"]:
         row = dict(new.pop((old["method"], round(old["budget"], 2)), old))
         if row["compute"] == old["compute"] and abs(row["mean_psnr_converged"] - old["mean_psnr_converged"]) < SAME:
-            row |= {name: old[name] for name in ("seconds", "share_of_time") if name in old}
+            row = old | row
         rows.append(row)
     timed = {"timed": earlier["timed"]} if "timed" in earlier else {}
     return {**timed, **result, "arguments": arguments, "rows": [*rows, *new.values()]}
