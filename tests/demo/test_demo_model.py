@@ -245,7 +245,7 @@ def test_weights_are_small_and_every_branch_carries_weight():
 
 def test_samples_are_recognised_and_near_the_real_digits(trained, classifier):
     labels = torch.arange(100) % 10
-    images = sample(trained, labels, steps=30)
+    images = sample(trained, labels, steps=15)
     assert classifier.accuracy(images, labels) >= 0.95
     assert classifier.accuracy(images, (labels + 1) % 10) <= 0.05
     held_out = load_digits().held_out_images
