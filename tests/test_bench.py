@@ -114,6 +114,16 @@ def test_the_frontier_of_quality(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(importlib.import_module("quality_tables"), "PICTURES", tmp_path)
     size = "--steps 20 --paired 4 --images 36 --intervals 3 --shares 0.41 --calibrated 2 --lags 4 --trajectories 3"
     size += " --all-judged 0.4"
+    compiled = {}
+
+    def compile_once(model, schedule, **settings):
+        """Pairs, sets and times of one schedule share a copy: compiling more takes minutes."""
+        if repr(schedule) not in compiled:
+            compiled[repr(schedule)] = compile_anew(model, schedule, **settings)
+        return compiled[repr(schedule)]
+
+    compile_anew = smoothcache.compile
+    monkeypatch.setattr(smoothcache, "compile", compile_once)
 
     def figures() -> dict[str, float]:
         run_script("quality", f"{size} --folder {tmp_path} --write", monkeypatch)
