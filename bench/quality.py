@@ -28,9 +28,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from common import interleaved, ratio_of_medians, result_path, summary, write_result
+from common import interleaved, ratio_of_medians, result_path, write_result
+from quality_results import add_times, earlier_result, joined, recorded, verdict
 from quality_samplers import SAMPLERS, Sampler
 from quality_tables import FAR, write_all
 from torch import Tensor
@@ -43,16 +43,9 @@ from smoothcache_fx.demo.weights import load_model
 from smoothcache_fx.schedule import HISTORY_DTYPES, Schedule
 
 ORDERS = (0, 1, 2)
-TAYLORSEER = ("TaylorSeer, order 1", "TaylorSeer, order 2")
 #: Of these as many images are made as a distribution takes; of the others, ``--paired``. Of TaylorSeer's settings the
 #: one that is nearer to the uncached sample with 50 steps.
 JUDGED = ("uncached", "fewer steps", "alpha", "every n-th step", "TaylorSeer, order 2", "chosen")
-#: Arguments that do not change figures.
-HOW = ("folder", "write", "add", "methods", "times")
-#: Arguments that name budgets: results of other budgets can be joined.
-BUDGETS = ("shares", "intervals", "all_judged")
-#: Plans with pairs whose mean PSNR in dB to the converged ones differ by less are the same; rounding moves it too.
-SAME = 0.01
 #: Resamplings of a set of images for the standard error of its Frechet distance.
 RESAMPLINGS = 40
 
@@ -278,31 +271,6 @@ def describe(row: dict[str, Any]) -> str:
     return f"{row['method']:28s} {row['compute']:.2f}  {figures}"
 
 
-def verdict(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """For each budget, by how much what was chosen is better than others.
-
-    In dB beside the best method without forecasts, and beside TaylorSeer's; and Frechet distances above the best of all
-    others, in standard errors of the two.
-    """
-    without = ("fewer steps", "alpha", "every n-th step")
-    found: dict[str, dict[str, float]] = {}
-    for chosen in (row for row in result["rows"] if row["method"] == "chosen"):
-        near = [row for row in result["rows"] if row["budget"] == chosen["budget"]]
-        line: dict[str, float] = {}
-        for key in ("psnr", "mean_psnr", "psnr_converged", "mean_psnr_converged", "psnr_set", "mean_psnr_set"):
-            for name, methods in (("order 0", without), ("TaylorSeer", TAYLORSEER)):
-                theirs = [row[key] for row in near if row["method"] in methods and key in row]
-                if theirs and key in chosen:
-                    line[f"{key} over {name}"] = chosen[key] - max(theirs)
-        others = [row for row in near if "frechet" in row and row["method"] != "chosen"]
-        if others and "frechet" in chosen:
-            best = min(others, key=lambda row: row["frechet"])
-            error = float(np.hypot(best["frechet_error"], chosen["frechet_error"]))
-            line["frechet, standard errors above the best"] = (chosen["frechet"] - best["frechet"]) / error
-        found[f"{chosen['budget']:.2f}"] = line
-    return found
-
-
 def measure_times(arguments: argparse.Namespace, folder: Path) -> None:
     """Keep in the folder how many seconds a batch of ``--paired`` takes, of all methods but narrower histories.
 
@@ -333,67 +301,6 @@ def measure_times(arguments: argparse.Namespace, folder: Path) -> None:
         for method, own in batches.items():
             share = ratio_of_medians(own, batches[uncached.method])
             print(f"{method:28s} {budget:.2f}  {share:.3f} of the uncached", flush=True)
-
-
-def add_times(result: dict[str, Any], folder: Path) -> None:
-    """Give the rows of a result what `measure_times` left in the folder, if it did.
-
-    That is seconds an image, and what they share of the uncached time, the median over the rounds.
-    """
-    path = folder / "times.json"
-    if not path.exists():
-        return
-    kept = json.loads(path.read_text())
-    if result.setdefault("timed", kept["timed"]) != kept["timed"]:
-        print(f"wall times of {result['timed']} are left out: those in {path} are of {kept['timed']}", flush=True)
-        for row in result["rows"]:
-            for figure in ("seconds", "share_of_time"):
-                row.pop(figure, None)
-        result["timed"] = kept["timed"]
-    seconds = {(method, near["budget"]): own for near in kept["budgets"] for method, own in near["seconds"].items()}
-    base = {near["budget"]: near["seconds"]["uncached"] for near in kept["budgets"]}
-    for row in result["rows"]:
-        if row["method"] == "uncached":
-            own = same = [each for near in base.values() for each in near]
-        elif (row["method"], row["budget"]) in seconds:
-            own, same = seconds[row["method"], row["budget"]], base[row["budget"]]
-        else:
-            continue
-        row["seconds"] = summary([each / kept["timed"]["batch"] for each in own])
-        row["share_of_time"] = ratio_of_medians(own, same)
-
-
-def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a result says of how it came about."""
-    return {name: value for name, value in vars(arguments).items() if name not in HOW}
-
-
-def earlier_result(path: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """What was written before, if the arguments were the same but for the budgets."""
-    if not path.exists():
-        raise SystemExit(f"there is no {path} to add to: leave out --add")
-    earlier: dict[str, Any] = json.loads(path.read_text())
-    before = earlier["arguments"]
-    if differ := [name for name in now if name not in BUDGETS and now[name] != before.get(name)]:
-        pairs = ", ".join(f"{name} {before.get(name)} before and {now[name]} now" for name in differ)
-        raise SystemExit(f"cannot add to {path}: {pairs}. Make them equal, or leave out --add to write anew")
-    return earlier
-
-
-def joined(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """A result with an earlier one's other rows, and with what it knows of the same plans beside."""
-    arguments = dict(result["arguments"])
-    for name in BUDGETS:
-        arguments[name] = sorted({*earlier["arguments"][name], *arguments[name]}, reverse=name != "intervals")
-    new = {(row["method"], round(row["budget"], 2)): row for row in result["rows"]}
-    rows = []
-    for old in earlier["rows"]:
-        row = dict(new.pop((old["method"], round(old["budget"], 2)), old))
-        if row["compute"] == old["compute"] and abs(row["mean_psnr_converged"] - old["mean_psnr_converged"]) < SAME:
-            row = old | row
-        rows.append(row)
-    timed = {"timed": earlier["timed"]} if "timed" in earlier else {}
-    return {**timed, **result, "arguments": arguments, "rows": [*rows, *new.values()]}
 
 
 def main() -> None:
