@@ -15,7 +15,7 @@ TAYLORSEER = ("TaylorSeer, order 1", "TaylorSeer, order 2")
 HOW = ("folder", "write", "add", "methods", "times")
 #: Arguments that name budgets: results of other budgets can be joined.
 BUDGETS = ("shares", "intervals", "all_judged")
-#: Plans with pairs whose mean PSNR in dB to the converged ones differ by less are the same; rounding moves it too.
+#: Plans whose pairs' mean PSNR in dB differ by less, to the uncached and to the converged ones, are the same.
 SAME = 0.01
 
 
@@ -69,12 +69,17 @@ def joined(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     new = {(row["method"], round(row["budget"], 2)): row for row in result["rows"]}
     rows = []
     for old in earlier["rows"]:
-        row = dict(new.pop((old["method"], round(old["budget"], 2)), old))
-        if row["compute"] == old["compute"] and abs(row["mean_psnr_converged"] - old["mean_psnr_converged"]) < SAME:
-            row = old | row
-        rows.append(row)
+        row = new.pop((old["method"], round(old["budget"], 2)), old)
+        rows.append(old | row if same_plan(old, row) else dict(row))
     timed = {"timed": earlier["timed"]} if "timed" in earlier else {}
     return {**timed, **result, "arguments": arguments, "rows": [*rows, *new.values()]}
+
+
+def same_plan(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """To the converged samples alone good plans are equally far: as far as the uncached sampler."""
+    figures = ("compute", "mean_psnr", "mean_psnr_converged")
+    pairs = [(old[name], new[name]) for name in figures if old[name] is not None and new[name] is not None]
+    return all(abs(before - now) < SAME for before, now in pairs)
 
 
 def add_times(result: dict[str, Any], folder: Path) -> None:
