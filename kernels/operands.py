@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+#: Values that a forecast weighs at the most: those of a parabola.
+MOST_VALUES = 3
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -47,6 +51,26 @@ def check_cache(op: str, y: Tensor, cache: Tensor) -> None:
             f"{op}: cache is expanded (strides {list(cache.stride())} for shape {list(cache.shape)}), so that several "
             "elements share one place: expected a buffer with room for all, such as torch.empty_like(y)"
         )
+
+
+def check_weights(op: str, x: Tensor, weights: Tensor, name: str) -> None:
+    """The weights of one forecast: a line's, or a parabola's."""
+    if weights.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} is {weights.dtype}, expected torch.float32: cast it first")
+    if weights.dim() != 1 or not 1 <= weights.numel() <= MOST_VALUES:
+        raise ValueError(
+            f"{op}: {name} has shape {list(weights.shape)}, expected [1] to [{MOST_VALUES}]: one for each value"
+        )
+    if weights.device != x.device:
+        raise ValueError(f"{op}: {name} is on {weights.device}, expected x's device {x.device}: move it there first")
+
+
+def forecast_reference(values: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """``sum_k weights[k] * values[k]`` in float32, each product and sum rounded, in the first value's dtype."""
+    total = values[0].float() * weights[0]
+    for number in range(1, len(values)):
+        total = total + values[number].float() * weights[number]
+    return total.to(values[0].dtype)
 
 
 def product(gate: Tensor | None, y: Tensor, scale: float) -> Tensor:
