@@ -2,11 +2,13 @@
 
 from .cuts import container_of, work_outside
 from .flops import count_flops
-from .fuse import fuse, should_fuse
+from .fuse import fuse
 from .fuse_norms import fuse_norms
 from .guard import guard, insert_guards, run_guarded
+from .lowering import Lowering, lowering_for
 from .narrow import narrow
 from .observe import observe
+from .simplify import simplify
 from .sites import Rejection, Site, analyze, find_sites
 from .specialize import specialize
 from .traffic import count_bytes
@@ -14,6 +16,7 @@ from .verify import GraphError, check_graph
 
 __all__ = [
     "GraphError",
+    "Lowering",
     "Rejection",
     "Site",
     "analyze",
@@ -26,10 +29,11 @@ __all__ = [
     "fuse_norms",
     "guard",
     "insert_guards",
+    "lowering_for",
     "narrow",
     "observe",
     "run_guarded",
-    "should_fuse",
+    "simplify",
     "specialize",
     "work_outside",
 ]

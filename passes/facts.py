@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -83,6 +85,15 @@ def is_product(node: Node) -> bool:
 def tensor_value(node: Node) -> torch.Tensor | None:
     value = node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
+
+
+def same_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether shapes or strides are the same for all inputs; symbols are compared as expressions, without a guard."""
+    return [_expression(size) for size in left] == [_expression(size) for size in right]
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else int(size)
 
 
 def is_attention_op(node: Node) -> bool:

@@ -13,7 +13,11 @@ After::
 
 A forecast (``passes/forecast.py``) that is gated and added becomes ``residual_forecast(x, gate, caches, weights)``.
 
-An inner compiler that fuses pointwise work by itself needs none of this (``should_fuse``).
+Reused branches that follow on each other in one stream are a run, forecasts (``passes/forecast.py``) among them, and
+become one op. A forecast that stands alone becomes ``residual_forecast(x, gate, caches, weights)``. Between two adds of
+a run the stream may be cast to another dtype and back, as where sums are in float32: the op keeps it in float32.
+
+Which of these pays is said in ``passes/lowering.py``.
 """
 
 from __future__ import annotations
@@ -28,9 +32,11 @@ from torch.fx import Graph, GraphModule, Node
 from ..kernels import residual_accumulate, residual_forecast, residual_load, residual_store  # noqa: F401 - registers
 from ..kernels.operands import DTYPES
 from .branches import addends
-from .facts import aten, is_product, packet, tensor_value
-from .forecast import FORECAST, read_forecast
+from .facts import aten, is_product, packet, prims, same_sizes, tensor_value
+from .flops import concrete
+from .forecast import CAST, FORECAST, read_forecast
 from .guard import CACHE, copy_graph, with_graph
+from .lowering import Lowering
 from .specialize import remove_dead_code
 
 log = logging.getLogger(__name__)
@@ -57,50 +63,62 @@ class Term:
 
 @dataclass(frozen=True)
 class Load:
-    """One residual add of a reused branch: ``add = x + gate * cache``."""
+    """One residual add of a reused branch: ``add = x + gate * branch``, whose value is a cache or a forecast."""
 
     add: Node
     x: Node
     term: Term
 
 
-def fuse(variant: GraphModule) -> GraphModule:
-    """A copy of a variant with its residual adds lowered, wherever ``can_fuse`` says that it is the same sum."""
+def fuse(variant: GraphModule, lowering: Lowering) -> GraphModule:
+    """A copy of a variant with its residual adds lowered, wherever the kernels give the same sum."""
     graph, _ = copy_graph(variant)
     loads: list[Load] = []
-    counts = {"stored": 0, "loaded": 0, "accumulated": 0, "forecast": 0}
+    counts = dict.fromkeys(("stored", "loaded", "forecast", "accumulated"), 0)
     for node in [node for node in graph.nodes if FORECAST not in node.meta]:
         for x, term in _sums(node):
-            if not can_fuse(node, x, term):
-                continue
-            if CACHE in term.value.meta:
-                loads.append(Load(node, x, term))
-                break
-            if read_forecast(term.value):
-                _lower_forecast(graph, node, x, term)
-                counts["forecast"] += 1
-                break
-            if (copy := _store_of(term.value)) is not None:
+            if _is_read(term.value):
+                if can_join(node, x, term):
+                    loads.append(Load(node, x, term))
+                    break
+            elif lowering.singles and (copy := _store_of(term.value)) is not None and can_fuse(node, x, term):
                 _lower_store(graph, node, x, term, copy)
                 counts["stored"] += 1
                 break
-    lowered: dict[Node, Node] = {}
     for run in _runs(loads):
-        counts["loaded" if len(run) == 1 else "accumulated"] += len(run)
-        lowered[run[-1].add] = _lower_loads(graph, lowered.get(run[0].x, run[0].x), run)
+        if len(run) > 1 and lowering.runs:
+            _lower_run(graph, run)
+            counts["accumulated"] += len(run)
+        elif lowering.singles:
+            for load in run:
+                if can_fuse(load.add, load.x, load.term):
+                    forecast = read_forecast(load.term.value) is not None
+                    counts["forecast" if forecast else "loaded"] += 1
+                    (_lower_forecast if forecast else _lower_load)(graph, load)
     remove_dead_code(graph)
     log.info("fused residual adds: %s", ", ".join(f"{count} {name}" for name, count in counts.items()))
     return with_graph(variant, graph)
 
 
-def should_fuse(variant: GraphModule, fuses_by_itself: bool) -> bool:
-    """Whether the kernels pay: on CUDA, and under inner compilers that do not fuse pointwise work themselves."""
-    devices = {value.device.type for node in variant.graph.nodes if (value := tensor_value(node)) is not None}
-    return "cuda" in devices and not fuses_by_itself
+def can_join(add: Node, x: Node, term: Term) -> bool:
+    """Whether a reused branch's add may be part of a run: floating-point numbers of one shape, without gaps."""
+    out, stream, branch = (tensor_value(node) for node in (add, x, term.branch))
+    gate = None if term.gate is None else tensor_value(term.gate)
+    if any(value.dtype not in DTYPES or value.device != out.device for value in (out, stream, branch)):
+        return False
+    if not (same_sizes(out.shape, stream.shape) and same_sizes(out.shape, branch.shape)):
+        return False
+    if gate is not None and (
+        gate.dtype not in DTYPES
+        or gate.device != out.device
+        or torch.broadcast_shapes(gate.shape, out.shape) != out.shape
+    ):
+        return False
+    return all(_is_dense(value) for value in (out, branch))
 
 
 def can_fuse(add: Node, x: Node, term: Term) -> bool:
-    """Whether a kernel gives this sum: dtypes that it takes, its output like ``x``, no other use of what it spares.
+    """Whether a kernel gives this sum as it stands: dtypes that it takes, and its output like ``x``.
 
     In 16-bit dtypes the kernel rounds once, the graph after the product and after the sum: the kernel is nearer.
     """
@@ -140,12 +158,44 @@ def _products(node: Node) -> list[tuple[Node, Node]]:
 
 
 def _term(gate: Node | None, branch: Node) -> Term:
-    """Follow views, which only this branch uses, back to a cache, a forecast or what is stored in a cache."""
-    value, views = branch, []
-    while not {CACHE, FORECAST} & value.meta.keys() and _store_of(value) is None and packet(value) in VIEWS:
-        views.append(value)
+    """Follow views, which only this branch uses, back to a cache, a forecast or what is stored in a cache.
+
+    A cast to float32 on the way changes no number, and the kernels make it themselves.
+    """
+    value, views, casts = branch, [], 0
+    while not _is_read(value) and _store_of(value) is None:
+        if _widens(value):
+            casts += 1
+        elif packet(value) in VIEWS:
+            views.append(value)
+        else:
+            break
         value = value.args[0]
-    return Term(gate, branch, value, tuple(reversed(views)))
+    found = tuple(reversed(views))
+    if casts and (_is_read(value) or _store_of(value) is not None):
+        with branch.graph.inserting_before(branch):
+            branch = _again(branch.graph, found, value)
+    return Term(gate, branch, value, found)
+
+
+def _is_read(value: Node) -> bool:
+    return CACHE in value.meta or read_forecast(value) is not None
+
+
+def _is_cast(node: Node) -> bool:
+    """Whether a node is a tensor in another floating-point dtype, and nothing else changes."""
+    if node.op != "call_function" or packet(node) not in (aten._to_copy, prims.convert_element_type):
+        return False
+    before, after = tensor_value(node.args[0]), tensor_value(node)
+    return (
+        {before.dtype, after.dtype} <= set(DTYPES)
+        and before.device == after.device
+        and same_sizes(before.stride(), after.stride())
+    )
+
+
+def _widens(node: Node) -> bool:
+    return _is_cast(node) and tensor_value(node).dtype == torch.float32
 
 
 def _store_of(value: Node) -> Node | None:
@@ -164,19 +214,36 @@ def _lower_store(graph: Graph, add: Node, x: Node, term: Term, copy: Node) -> No
     graph.erase_node(copy)
 
 
-def _lower_forecast(graph: Graph, add: Node, x: Node, term: Term) -> None:
-    """The kernel reads each cache as the branch is looked at: through the same views."""
-    values, weights = read_forecast(term.value)
-    with graph.inserting_before(add):
-        seen = [_again(graph, term.views, value) for value in values]
-        weight = weights.meta["val"]
-        if len(values) < len(weight):
-            weights = graph.call_function(aten.slice.Tensor, (weights, 0, 0, len(values)))
-            weights.meta = {"val": weight[: len(values)]}
-        node = graph.call_function(ops.residual_forecast.default, (x, term.gate, seen, weights))
+def _lower_load(graph: Graph, load: Load) -> None:
+    with graph.inserting_before(load.add):
+        arguments = load.x, load.term.gate, load.term.branch
+        _replace(graph, load.add, graph.call_function(ops.residual_load.default, arguments))
+
+
+def _lower_forecast(graph: Graph, load: Load) -> None:
+    with graph.inserting_before(load.add):
+        values, weights = _values(graph, load.term)
+        arguments = load.x, load.term.gate, values, weights
+        _replace(graph, load.add, graph.call_function(ops.residual_forecast.default, arguments))
+
+
+def _replace(graph: Graph, add: Node, node: Node) -> None:
     node.meta = dict(add.meta)
     add.replace_all_uses_with(node)
     graph.erase_node(add)
+
+
+def _values(graph: Graph, term: Term) -> tuple[list[Node], Node | None]:
+    """What a branch is read from, each as the branch is looked at, and the weights of a forecast."""
+    found = read_forecast(term.value)
+    if found is None:
+        return [term.branch], None
+    values, weights = found
+    weight = weights.meta["val"]
+    if len(values) < len(weight):
+        weights = graph.call_function(aten.slice.Tensor, (weights, 0, 0, len(values)))
+        weights.meta = {"val": weight[: len(values)]}
+    return [_again(graph, term.views, value) for value in values], weights
 
 
 def _again(graph: Graph, views: Sequence[Node], base: Node) -> Node:
@@ -195,22 +262,88 @@ def _runs(loads: Sequence[Load]) -> list[list[Load]]:
     """Loads that follow directly on each other in one stream, nothing else using the stream between them."""
     runs: dict[Node, list[Load]] = {}
     for load in loads:
-        run = runs.pop(load.x) if load.x in runs and load.x.users.keys() == {load.add} else []
+        before, user = load.x, load.add
+        while before not in runs and _is_cast(before) and before.users.keys() == {user}:
+            before, user = before.args[0], before
+        run = runs.pop(before) if before in runs and before.users.keys() == {user} else []
         runs[load.add] = [*run, load]
     return list(runs.values())
 
 
-def _lower_loads(graph: Graph, x: Node, run: Sequence[Load]) -> Node:
-    """One op for a run that starts from ``x``."""
-    last = run[-1].add
-    gates, caches = [load.term.gate for load in run], [load.term.branch for load in run]
-    with graph.inserting_before(last):
-        if len(run) == 1:
-            node = graph.call_function(ops.residual_load.default, (x, gates[0], caches[0]))
-        else:
-            node = graph.call_function(ops.residual_accumulate.default, (x, gates, caches))
-    node.meta = dict(last.meta)
-    last.replace_all_uses_with(node)
-    for load in reversed(run):
-        graph.erase_node(load.add)
+def _lower_run(graph: Graph, run: Sequence[Load]) -> None:
+    """One op for a run, in its values' layout and in the dtype of the stream around it."""
+    first, last = run[0].x, run[-1].add
+    like = tensor_value(run[0].term.branch)
+    replaced = last
+    if _widens(first) and len(last.users) == 1:
+        # The stream is in float32 for the sums alone: the op takes it as it is, and rounds as the cast behind does.
+        (user,) = last.users
+        if _is_cast(user) and tensor_value(user).dtype == tensor_value(first.args[0]).dtype:
+            first, replaced = first.args[0], user
+    wide = torch.promote_types(tensor_value(first).dtype, tensor_value(replaced).dtype)
+    with graph.inserting_before(replaced):
+        x = in_layout(graph, _cast(graph, first, wide), like)
+        gates, values, weights = [load.term.gate for load in run], [], []
+        for load in run:
+            own, weight = _values(graph, load.term)
+            values += own
+            weights.append(weight)
+        arguments = (x, gates, values) if not any(weights) else (x, gates, values, weights)
+        node = graph.call_function(ops.residual_accumulate.default, arguments)
+        value = tensor_value(x)
+        with value.fake_mode:
+            node.meta = {**last.meta, "val": torch.empty_like(value)}
+        node = in_layout(graph, _cast(graph, node, tensor_value(replaced).dtype), tensor_value(replaced))
+    replaced.replace_all_uses_with(node)
+
+
+def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
+    value = tensor_value(node)
+    if value.dtype == dtype:
+        return node
+    cast = graph.call_function(CAST, (node, dtype))
+    with value.fake_mode:
+        cast.meta = {**node.meta, "val": CAST(value, dtype)}
+    return cast
+
+
+def in_layout(graph: Graph, node: Node, like: torch.Tensor) -> Node:
+    """The node's values with their dimensions in memory in another tensor's order; itself where they are already.
+
+    The copy is pointwise: compilers that fuse make it part of what computes the values, or of what reads them.
+    """
+    value = tensor_value(node)
+    if _same_layout(value, like):
+        return node
+    order = sorted(range(like.dim()), key=lambda dim: (-concrete(like.stride(dim)), dim))
+    back = [order.index(dim) for dim in range(like.dim())]
+    for op, arguments, keywords in (
+        (aten.permute.default, (order,), {}),
+        (aten.clone.default, (), {"memory_format": torch.contiguous_format}),
+        (aten.permute.default, (back,), {}),
+    ):
+        if op is aten.permute.default and order == back == list(range(like.dim())):
+            continue
+        before = tensor_value(node)
+        node = graph.call_function(op, (node, *arguments), keywords)
+        with before.fake_mode:
+            node.meta["val"] = op(before, *arguments, **keywords)
     return node
+
+
+def _same_layout(left: torch.Tensor, right: torch.Tensor) -> bool:
+    pairs = zip(left.stride(), right.stride(), left.shape, strict=True)
+    return all(same_sizes((a,), (b,)) or same_sizes((size,), (1,)) for a, b, size in pairs)
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether a tensor fills its memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(
+        (concrete(stride), concrete(size)) for stride, size in zip(value.stride(), value.shape, strict=True)
+    ):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

@@ -21,10 +21,12 @@ from .passes import (
     fuse,
     fuse_norms,
     insert_guards,
+    lowering_for,
     narrow,
-    should_fuse,
+    simplify,
     specialize,
 )
+from .passes.facts import tensor_value
 from .passes.forecast import holds_differences
 from .passes.guard import AGE, CACHE, SITE, copy_graph, placeholders, with_graph
 from .passes.sites import output_bytes
@@ -39,7 +41,7 @@ class GraphBuilder:
     """A captured graph, its sites, its guarded form and the variants made so far.
 
     Attributes:
-        captured: the ATen graph as AOTAutograd gave it.
+        captured: the ATen graph as AOTAutograd gave it, without what does nothing.
         sites, rejections: what ``passes.analyze`` says of it.
         guarded: the guarded graph, with caches for forecasts of ``order``, the older ones in ``history_dtype`` where
             that is narrower.
@@ -55,7 +57,7 @@ class GraphBuilder:
         history_dtype: str | None = None,
     ) -> None:
         start = time.perf_counter()
-        self.captured = captured
+        captured = self.captured = simplify(captured)
         self.sites, self.rejections = analyze(captured.graph)
         narrower = None if history_dtype is None else getattr(torch, history_dtype)
         guarded = insert_guards(captured, self.sites, order, narrower)
@@ -74,6 +76,9 @@ class GraphBuilder:
         self.shape_inputs = [i for i, value in enumerate(self._input_values) if isinstance(value, torch.SymInt)]
         self.shape_generic = inner.shape_generic or not self.shape_inputs
         self._inner = inner
+        devices = {value.device.type for node in captured.graph.nodes if (value := tensor_value(node)) is not None}
+        #: What of the variants goes to kernels of ours.
+        self.lowering = lowering_for("cuda" if "cuda" in devices else "cpu", inner.optimizes)
         self._fake_mode = next((value.fake_mode for value in self._input_values if hasattr(value, "fake_mode")), None)
         self._conditions: list[Any] = []
         log.info(
@@ -187,9 +192,10 @@ class GraphBuilder:
             if self._inner.optimizes:
                 # A narrower product may be summed in another order.
                 graph = self._run_pass(name, narrow, graph)
-            if should_fuse(graph, self._inner.optimizes):
-                graph = self._run_pass(name, fuse, graph)
-                graph = self._run_pass(name, fuse_norms, graph)
+            if self.lowering is not None:
+                graph = self._run_pass(name, functools.partial(fuse, lowering=self.lowering), graph)
+                if self.lowering.norms:
+                    graph = self._run_pass(name, fuse_norms, graph)
             heading = f"{len(chosen['compute'])} of {len(sites)} sites are computed."
             self._trace(f"smoothcache_{name.replace(' ', '_')}", heading, graph)
             self.graphs[mask] = check_graph(graph, like=self.captured, stage="variant")

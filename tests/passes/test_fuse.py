@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 import torch
-from smoothcache_fx.passes import check_graph, fuse, insert_guards, should_fuse, specialize
+from smoothcache_fx.passes import Lowering, check_graph, fuse, insert_guards, lowering_for, specialize
 from smoothcache_fx.passes.facts import packet
 from smoothcache_fx.passes.forecast import FORECAST
-from smoothcache_fx.passes.guard import CACHE, placeholders
+from smoothcache_fx.passes.guard import placeholders
 from torch import Tensor, nn
 
 import smoothcache_fx as smoothcache
@@ -24,6 +24,8 @@ from structures import AddcmulBlock
 from tolerances import FUSED_KERNELS, SAME_KERNELS, assert_as_exact, assert_trajectories_close
 
 ops = torch.ops.smoothcache
+#: As on CUDA under a compiler that does not fuse, and under Inductor.
+ALL, RUNS = lowering_for("cuda", fuses_by_itself=False), lowering_for("cuda", fuses_by_itself=True)
 KERNELS = (
     ops.residual_store,
     ops.residual_load,
@@ -31,6 +33,11 @@ KERNELS = (
     ops.residual_forecast,
     ops.residual_norm,
 )
+
+
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lower variants as on CUDA; on a CPU the ops run as plain PyTorch."""
+    monkeypatch.setattr(build, "lowering_for", lambda device, fuses_by_itself: lowering_for("cuda", fuses_by_itself))
 
 
 def variant_of(model: nn.Module, mask: tuple[bool, ...], *args: Tensor):
@@ -64,7 +71,7 @@ def check_equal(before: torch.fx.GraphModule, after: torch.fx.GraphModule) -> No
 @pytest.mark.parametrize("mask", list(itertools.product([True, False], repeat=4)))
 def test_every_variant_of_a_stack(mask):
     builder, variant = variant_of(Stack(), mask)
-    fused = check_graph(fuse(variant), like=builder.captured, stage="variant")
+    fused = check_graph(fuse(variant, ALL), like=builder.captured, stage="variant")
     check_equal(variant, fused)
     runs = [len(list(group)) for computed, group in itertools.groupby(mask) if not computed]
     assert kernels(fused) == {
@@ -83,7 +90,7 @@ def test_every_variant_of_a_stack(mask):
 def test_a_computed_branch_that_nothing_stores_is_left_alone():
     builder, _ = variant_of(Stack(), (True,) * 4)
     variant = specialize(builder.guarded, {0, 1, 2, 3}, store={2})
-    fused = fuse(variant)
+    fused = fuse(variant, ALL)
     assert kernels(fused) == {"residual_store": 1}
     check_equal(variant, fused)
 
@@ -96,8 +103,10 @@ def test_forecasts_of_both_orders(order, dtype):
     (program,) = capture(model, *(value.to(dtype) for value in inputs()))
     guarded = insert_guards(program.builder.captured, program.builder.sites, 2)
     variant = specialize(guarded, {0}, orders=[2, order, 1, 0])
-    fused = check_graph(fuse(variant), like=program.builder.captured, stage="variant")
-    assert kernels(fused) == {"residual_store": 1, "residual_forecast": 2, "residual_load": 1}
+    fused = check_graph(fuse(variant, ALL), like=program.builder.captured, stage="variant")
+    assert kernels(fused) == {"residual_store": 1, "residual_accumulate": 1}
+    (run,) = [node for node in fused.graph.nodes if packet(node) is ops.residual_accumulate]
+    assert [len(weight.meta["val"]) if weight else 1 for weight in run.args[3]] == [1 + order, 2, 1]
     assert not [node for node in fused.graph.nodes if FORECAST in node.meta]
     if dtype is torch.float32:
         check_equal(variant, fused)
@@ -111,12 +120,11 @@ def test_forecasts_from_differences():
     (program,) = capture(Stack().eval(), *inputs())
     guarded = insert_guards(program.builder.captured, program.builder.sites, 2, torch.float16)
     variant = check_graph(specialize(guarded, {0}, orders=[2] * 4), like=program.builder.captured, stage="variant")
-    fused = check_graph(fuse(variant), like=program.builder.captured, stage="variant")
-    assert kernels(fused) == {"residual_store": 1, "residual_forecast": 3}
-    for node in fused.graph.nodes:
-        if packet(node) is ops.residual_forecast:
-            dtypes = [value.meta["val"].dtype for value in node.args[2]]
-            assert dtypes == [torch.float32, torch.float16, torch.float16]
+    fused = check_graph(fuse(variant, ALL), like=program.builder.captured, stage="variant")
+    assert kernels(fused) == {"residual_store": 1, "residual_accumulate": 1}
+    (run,) = [node for node in fused.graph.nodes if packet(node) is ops.residual_accumulate]
+    dtypes = [value.meta["val"].dtype for value in run.args[2]]
+    assert dtypes == [torch.float32, torch.float16, torch.float16] * 3
     check_equal(variant, fused)
 
 
@@ -125,7 +133,7 @@ def test_two_streams_have_a_run_each():
     latents, (conditioning,) = case.inputs(1, torch.float32)
     (program,) = capture(case.build(), latents, torch.ones(len(latents)), **conditioning)
     variant = specialize(program.builder.guarded, set())
-    fused = fuse(variant)
+    fused = fuse(variant, ALL)
     # Two blocks with two branches each: a run in the image's stream and one in the text's.
     ends = [node for node in fused.graph.nodes if packet(node) is ops.residual_accumulate]
     assert [len(node.args[2]) for node in ends] == [4, 4]
@@ -139,7 +147,7 @@ def test_gates_by_addcmul():
     arguments = (latents, torch.ones(len(latents)), *conditioning.values())
     for mask, expected in (((False, False), {"residual_accumulate": 1}), ((True, True), {"residual_store": 2})):
         _, variant = variant_of(model, mask, *arguments)
-        fused = fuse(variant)
+        fused = fuse(variant, ALL)
         assert kernels(fused) == expected
         for ours, theirs in zip(fused(*values_of(fused)), variant(*values_of(variant)), strict=True):
             torch.testing.assert_close(ours, theirs)
@@ -155,7 +163,7 @@ class CastBlock(Block):
 def test_a_dtype_that_no_kernel_has_is_left_alone():
     for mask in ((True,), (False,)):
         _, variant = variant_of(CastBlock(), mask)
-        fused = fuse(variant)
+        fused = fuse(variant, ALL)
         assert not kernels(fused)
         check_equal(variant, fused)
 
@@ -171,20 +179,75 @@ def test_a_stream_that_something_else_reads_ends_a_run():
             return self.blocks[1](x, c), x.mean()
 
     _, variant = variant_of(Read(), (False,) * 4)
-    fused = fuse(variant)
+    fused = fuse(variant, ALL)
     assert kernels(fused) == {"residual_accumulate": 2}
     check_equal(variant, fused)
 
 
-def test_it_pays_on_cuda_under_compilers_that_do_not_fuse():
-    _, variant = variant_of(Stack(), (True,) * 4)
-    assert not should_fuse(variant, fuses_by_itself=False), "on a CPU"
-    for node in variant.graph.nodes:
-        if CACHE in node.meta:
-            with node.meta["val"].fake_mode:
-                node.meta["val"] = torch.empty(node.meta["val"].shape, device="cuda")
-    assert should_fuse(variant, fuses_by_itself=False)
-    assert not should_fuse(variant, fuses_by_itself=True)
+def test_a_forecast_that_stands_alone():
+    (program,) = capture(Stack().eval(), *inputs())
+    guarded = insert_guards(program.builder.captured, program.builder.sites, 1)
+    variant = specialize(guarded, {0, 1, 2}, orders=[1] * 4)
+    fused = check_graph(fuse(variant, ALL), like=program.builder.captured, stage="variant")
+    assert kernels(fused) == {"residual_store": 3, "residual_forecast": 1}
+    check_equal(variant, fused)
+
+
+@pytest.mark.parametrize("mask", list(itertools.product([True, False], repeat=4)))
+def test_under_inductor_runs_alone_become_kernels(mask):
+    builder, variant = variant_of(Stack(), mask)
+    fused = check_graph(fuse(variant, RUNS), like=builder.captured, stage="variant")
+    runs = [len(list(group)) for computed, group in itertools.groupby(mask) if not computed]
+    expected = sum(length > 1 for length in runs)
+    assert kernels(fused) == ({"residual_accumulate": expected} if expected else {})
+    check_equal(variant, fused)
+
+
+def test_what_pays_where():
+    assert lowering_for("cpu", fuses_by_itself=False) is lowering_for("cpu", fuses_by_itself=True) is None
+    assert ALL == Lowering(singles=True, runs=True, norms=True, groups=False)
+    assert RUNS == Lowering(singles=False, runs=True, norms=True, groups=True)
+
+
+def test_the_builder_asks_for_its_graphs_device_and_compiler(monkeypatch):
+    asked = []
+    monkeypatch.setattr(build, "lowering_for", lambda *arguments: asked.append(arguments))
+    for backend in ("eager", "inductor"):
+        torch._dynamo.reset()
+        capture(Stack().eval(), *inputs(), backend=backend)
+    assert asked == [("cpu", False), ("cpu", True)]
+
+
+class Transposed(nn.Module):
+    """A patch embedding: the stream begins with tokens and width swapped in memory."""
+
+    def __init__(self, branch_first: bool) -> None:
+        super().__init__()
+        self.blocks = Stack()
+        self.branch_first = branch_first
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = torch.tanh(x.transpose(1, 2).contiguous().transpose(1, 2))
+        for block in self.blocks.blocks:
+            shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c).unsqueeze(1).chunk(6, dim=-1)
+            attn = gate1 * block.attn(block.norm1(x) * (1 + scale1) + shift1)
+            x = attn + x if self.branch_first else x + attn
+            mlp = gate2 * block.mlp(block.norm2(x) * (1 + scale2) + shift2)
+            x = mlp + x if self.branch_first else x + mlp
+        return x
+
+
+@pytest.mark.parametrize("branch_first", [True, False])
+def test_a_stream_that_lies_in_memory_otherwise_than_its_branches(branch_first):
+    builder, variant = variant_of(Transposed(branch_first), (False,) * 4)
+    fused = check_graph(fuse(variant, RUNS), like=builder.captured, stage="variant")
+    assert kernels(fused) == {"residual_accumulate": 1}
+    (run,) = [node for node in fused.graph.nodes if packet(node) is ops.residual_accumulate]
+    streams = {value.meta["val"].stride() for value in (run, run.args[0], *run.args[2])}
+    assert len(streams) == 1, "the op reads and writes in one order"
+    check_equal(variant, fused)
+    ours, theirs = (list(graph.graph.nodes)[-1].args[0][0].meta["val"] for graph in (fused, variant))
+    assert ours.stride() == theirs.stride()
 
 
 #: Norms taken in, too, in float32, for all; the other ways for one of each structure.
@@ -201,7 +264,7 @@ FEW = ("adaln_zero", "joint", "post_norm", "diffusers_flux")
 )
 def test_trajectories_are_the_oracles(name, dtype, norms, monkeypatch):
     """In float32 adds are so bit for bit; in bfloat16 the kernels round once where eager PyTorch rounds twice."""
-    monkeypatch.setattr(build, "should_fuse", lambda graph, fuses_by_itself: True)
+    on_cuda(monkeypatch)
     if not norms:
         monkeypatch.setattr(build, "fuse_norms", lambda graph: graph)
     case, steps = CASES[name], 6
@@ -222,7 +285,7 @@ def test_trajectories_are_the_oracles(name, dtype, norms, monkeypatch):
 
 
 def test_trajectories_with_forecasts_are_the_oracles(monkeypatch):
-    monkeypatch.setattr(build, "should_fuse", lambda graph, fuses_by_itself: True)
+    on_cuda(monkeypatch)
     case, steps = CASES["joint"], 8
     _, rows = random_rows(list(case.branches), steps, seed=3)
     orders = {site: index % 3 for index, site in enumerate(rows)}
@@ -233,4 +296,5 @@ def test_trajectories_with_forecasts_are_the_oracles(monkeypatch):
         expected = run_trajectory(case, oracle.model, around=oracle.step, **run)
     assert_trajectories_close(actual, expected, FUSED_KERNELS[torch.float32], repr(orders))
     (program,) = model.forward.session.programs
-    assert sum(kernels(graph).get("residual_forecast", 0) for graph in program.builder.graphs.values())
+    runs = [node for g in program.builder.graphs.values() for node in g.graph.nodes if len(node.args) > 3]
+    assert any(packet(node) is ops.residual_accumulate and any(node.args[3]) for node in runs)

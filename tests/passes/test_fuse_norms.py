@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from smoothcache_fx.passes import check_graph, fuse, fuse_norms, specialize
+from smoothcache_fx.passes import check_graph, fuse, fuse_norms, lowering_for, specialize
 from smoothcache_fx.passes.facts import aten, packet, through_views
 from smoothcache_fx.passes.guard import CACHE, placeholders
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ def passes(model: nn.Module, mask: tuple[bool, ...], dtype: torch.dtype = torch.
     arguments = [argument.to(dtype) for argument in args or inputs()]
     (program,) = capture(randomize(model, 0).eval().to(dtype), *arguments)
     builder = program.builder
-    variant = fuse(specialize(builder.guarded, {i for i, computed in enumerate(mask) if computed}))
+    compute = {i for i, computed in enumerate(mask) if computed}
+    variant = fuse(specialize(builder.guarded, compute), lowering_for("cuda", fuses_by_itself=False))
     return builder.captured, variant, check_graph(fuse_norms(variant), like=builder.captured, stage="variant")
 
 
