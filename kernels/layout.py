@@ -1,7 +1,7 @@
 """How tensors of one shape lie in memory, as few nested loops as that takes: what a launch needs to know.
 
 Any strides are taken (slices, transposes, broadcasts), as long as four loops are enough. Dimensions are ordered as the
-output lies in memory, and neighbours that all tensors run through without a gap become one. For ``x`` ``[batch,
+last tensor lies in memory, and neighbours that all tensors run through without a gap become one. For ``x`` ``[batch,
 tokens, width]`` and a gate ``[batch, 1, width]``, all contiguous:
 
     x    [2, 256, 1152], strides (294912, 1152, 1)        groups 1, samples 2, tokens 256, width 1152
@@ -57,7 +57,7 @@ class Layout:
 
 
 def layout_of(tensors: Sequence[torch.Tensor], block: int) -> Layout:
-    """The layout of tensors of one shape; the last one is the output, whose order in memory is followed."""
+    """The layout of tensors of one shape; the last one's order in memory is followed."""
     return layout(tuple(tensors[0].shape), tuple(tensor.stride() for tensor in tensors), block)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cases import Case
 from smoothcache_fx import Schedule, _torch
 from smoothcache_fx.backend import Program, Session
 from smoothcache_fx.clock import Clock
@@ -15,11 +16,27 @@ from smoothcache_fx.inner import inner_compiler
 
 def capture(model: nn.Module, *args: Any, backend: str = "eager", **kwargs: Any) -> list[Program]:
     """The programs of one call of the model, in the order they were captured."""
-    session = Session(Schedule(steps=1), inner_compiler(backend, None, None, None), Clock(1), model)
-    session.clock.tick()
+    session = _session(model, backend)
     with torch.no_grad():
         _torch.dynamo_compile(model.forward, session)(*args, **kwargs)
     return session.programs
+
+
+def capture_case(case: Case, dtype: torch.dtype = torch.float32, backend: str = "eager") -> list[Program]:
+    """The programs of the first call of a case's trajectory."""
+    model = case.build(0, dtype)
+    latents, (conditioning, *_) = case.inputs(1, dtype)
+    session = _session(model, backend)
+    model.forward = _torch.dynamo_compile(model.forward, session)
+    with torch.no_grad():
+        case.call(model, latents, 1.0, conditioning)
+    return session.programs
+
+
+def _session(model: nn.Module, backend: str) -> Session:
+    session = Session(Schedule(steps=1), inner_compiler(backend, None, None, None), Clock(1), model)
+    session.clock.tick()
+    return session
 
 
 class Block(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from common import Case, Shape, main
 from smoothcache_fx.kernels import residual_accumulate
-from smoothcache_fx.kernels.residual_accumulate import TERMS_PER_LAUNCH, residual_accumulate_reference
+from smoothcache_fx.kernels.residual_accumulate import UNROLLED, residual_accumulate_reference
 
 
 def expression(x: torch.Tensor, gates: list[torch.Tensor], caches: list[torch.Tensor]) -> torch.Tensor:
@@ -19,7 +19,7 @@ def expression(x: torch.Tensor, gates: list[torch.Tensor], caches: list[torch.Te
 
 
 def build(shape: Shape, dtype: torch.dtype, device: str) -> Case:
-    x, *caches = (torch.randn(shape.size, device=device).to(dtype) for _ in range(1 + TERMS_PER_LAUNCH))
+    x, *caches = (torch.randn(shape.size, device=device).to(dtype) for _ in range(1 + UNROLLED))
     gates = [torch.randn(shape.batch, 1, shape.width, device=device).to(dtype) for _ in caches]
     operands = x, gates, caches
     return Case(

@@ -23,7 +23,13 @@ nvidia = pytest.importorskip("triton.backends.nvidia.compiler", reason="Triton h
 
 #: Ampere, Hopper, Blackwell.
 CAPABILITIES = (80, 90, 100)
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+}
 #: A pointer or a whole number that 16 divides; the attribute that stands for it in Triton's IR.
 DIVISIBLE = [["tt.divisibility", 16]]
 

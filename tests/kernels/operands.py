@@ -72,14 +72,14 @@ def expected(x: Tensor, terms: Sequence[Term]) -> Tensor:
         factor = np.float32(scale) if gate is None else _float32(gate) * np.float32(scale)
         total = total + factor * _float32(y)
     assert total.dtype == np.float32
-    return _rounded(torch.from_numpy(np.asarray(total)), x.dtype).to(x.device)
+    return rounded(torch.from_numpy(np.asarray(total)), x.dtype).to(x.device)
 
 
 def _float32(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().float().numpy()
 
 
-def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     if INTERPRETED and dtype == torch.bfloat16:
         # Triton's interpreter cuts bfloat16 off, where devices round to the nearest.
         value = (value.contiguous().view(torch.int32) & -0x10000).view(torch.float32)

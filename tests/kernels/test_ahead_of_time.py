@@ -12,7 +12,7 @@ import torch
 from aot import CAPABILITIES, Recorder, compile_launch, record, triton
 from smoothcache_fx.kernels._triton import INTERPRETED
 from smoothcache_fx.kernels.relative_l1 import LAGS_PER_LAUNCH
-from smoothcache_fx.kernels.residual_accumulate import TERMS_PER_LAUNCH
+from smoothcache_fx.kernels.residual_accumulate import UNROLLED, terms_of
 from smoothcache_fx.kernels.residual_norm import WIDEST
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
@@ -28,7 +28,7 @@ DTYPES = [
     (FLOAT, BFLOAT16, FLOAT),
 ]
 #: Reads and writes of tensors like ``y``, besides one read of ``x`` and one write of the output.
-BRANCHES = {"residual_store": (1, 1), "residual_load": (1, 0), "residual_accumulate": (TERMS_PER_LAUNCH, 0)}
+BRANCHES = {"residual_store": (1, 1), "residual_load": (1, 0), "residual_accumulate": (UNROLLED, 0)}
 
 
 def module(op: str):
@@ -45,8 +45,8 @@ def launch(op: str, x: torch.Tensor, gate: torch.Tensor | None, y: torch.Tensor)
     runs: dict[str, Callable[[], object]] = {
         "residual_store": partial(kernel._launch, x, gate, y, y, 1.0),
         "residual_load": partial(kernel._launch, x, gate, y, 1.0),
-        "residual_accumulate": partial(
-            kernel._launch, x, [gate] * TERMS_PER_LAUNCH, [y] * TERMS_PER_LAUNCH, [1.0] * TERMS_PER_LAUNCH, x
+        "residual_accumulate": lambda: kernel._launch_unrolled(
+            x, terms_of([gate] * UNROLLED, [y] * UNROLLED), torch.empty_like(x)
         ),
     }
     return record(kernel, f"{op}_kernel", runs[op])
@@ -193,3 +193,33 @@ def test_residual_norm_reads_its_row_once(width, dtype, capability):
     moved = [sum(bits for kind, bits in artefact.accesses if kind == which) for which in ("ld", "st")]
     assert moved == [7 * per_thread, 3 * per_thread]
     assert artefact.spilled_bytes() == (0, 0)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("width", [1152, 5120])
+def test_a_long_run_is_one_loop(width, order, capability, monkeypatch):
+    """Stream and output move 128 bits at a time, and so do the values, which are copied ahead of their use."""
+    kernel = module("residual_accumulate")
+    monkeypatch.setattr(kernel, "address_table", lambda tensors, device: meta((len(tensors),), torch.int64))
+    x, gate = meta((2, 256, width), BFLOAT16), meta((2, 1, width), BFLOAT16)
+    weights = [meta((order + 1,), FLOAT)] * 56 if order else None
+    terms = terms_of([gate] * 56, [x] * 56 * (order + 1), weights)
+    recorder = record(kernel, "residual_accumulate_loop_kernel", lambda: kernel._launch(x, terms))
+    artefact = compile_launch(recorder, capability)
+    assert artefact.accesses == [("ld", 128), ("st", 128)]
+    # The addresses take 8 bytes each, weights 4.
+    copies = [int(count, 16) for count in re.findall(r"cp\.async\.c\S+ [^;]*\], (0x\w+)", artefact.ptx)]
+    assert set(copies) == {16, 8, 4} if order else {16, 8}
+    ahead = kernel.STAGES - 1
+    assert copies.count(16) == (1 + ahead) * (order + 2), "each value and the gate: ahead of the loop, and in it"
+    assert artefact.spilled_bytes() == (0, 0)
+    assert "fma.rn.f32" not in artefact.ptx
+
+
+def test_a_table_of_addresses_of_any_alignment():
+    kernel = module("_addresses")
+    tensors = [meta((3,), BFLOAT16), None, meta((2,), FLOAT)]
+    recorder = record(kernel, "address_table_kernel", lambda: kernel.address_table(tensors, torch.device("meta")))
+    artefact = compile_launch(recorder, 90)
+    assert [kind for kind, _ in artefact.accesses] == ["st"] * 3
