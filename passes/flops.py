@@ -25,6 +25,27 @@ SDPA_WITHOUT_FORMULA = tuple(
     )
     if hasattr(aten, name)
 )
+#: Products that PyTorch's registry lacks: each element of the output is a dot product along the input's last dimension.
+#: A grouped product of experts has for each row one expert's weight, so that this holds for it, too.
+PRODUCTS_WITHOUT_FORMULA = tuple(
+    getattr(aten, name)
+    for name in (
+        "linear",
+        "_int_mm",
+        "_weight_int8pack_mm",
+        "_weight_int4pack_mm",
+        "_weight_int4pack_mm_for_cpu",
+        "_dyn_quant_matmul_4bit",
+        "_grouped_mm",
+        "_scaled_grouped_mm",
+    )
+    if hasattr(aten, name)
+)
+
+
+def is_flex_attention(node: Node) -> bool:
+    """Whether the op is ``flex_attention``: torch 2.11 has no formula for it, later versions one for its dense form."""
+    return getattr(node.target, "__name__", None) == "flex_attention"
 
 
 def concrete(size: Any, estimates: Mapping[Any, int] | None = None) -> int:
@@ -77,14 +98,20 @@ def _shape_only(value: Any, estimates: Mapping[Any, int]) -> Any:
 
 
 def node_flops(node: Node, estimates: Mapping[Any, int]) -> int:
-    """FLOPs of one call_function node; 0 for ops without a formula (pointwise work, opaque ops)."""
+    """FLOPs of one call_function node; 0 for ops without a formula (pointwise work, opaque ops).
+
+    ``flex_attention`` counts as if each query saw all keys, whatever its mask leaves out.
+    """
     if node.op != "call_function":
         return 0
     packet = getattr(node.target, "overloadpacket", node.target)
     shape_only = functools.partial(_shape_only, estimates=estimates)
-    if packet in SDPA_WITHOUT_FORMULA:
+    if packet in SDPA_WITHOUT_FORMULA or is_flex_attention(node):
         query, key, value = (shape_only(arg) for arg in node.args[:3])
         return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    if packet in PRODUCTS_WITHOUT_FORMULA:
+        left, out = shape_only(node.args[0]), shape_only(node)
+        return 2 * out.numel() * left.shape[-1]
     formula = flop_registry.get(packet)
     if formula is None:
         return 0
