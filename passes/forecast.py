@@ -1,19 +1,21 @@
 """What a reused branch reads where a schedule has an order: the polynomial through its last computed outputs.
 
-A cache and its history, newest first, hold the last outputs; weights, an input of each step, are the polynomial's at
-that step. In the graph of a variant::
+An output's caches hold its last computed values. They are a ring: a store overwrites the oldest, by the buffer that
+it is given, and nothing moves. So it is the weights, an input of each step, that say which cache is how old: they are
+the polynomial's at that step. In the graph of a variant::
 
     weight_0 = select(weights, 0, 0);  weight_1 = select(weights, 0, 1)
     branch = to(add(mul(to(cache_0, float32), weight_0), mul(to(cache_1, float32), weight_1)), bfloat16)
 
 The sum is in float32 (float64 for float64 caches), and rounded once.
 
-Where the older caches have a narrower dtype than the newest, they hold differences: of the newest output and the one
-before it, and of that and the one before. The same sum with other weights is then the same polynomial
-(``smoothcache_fx/forecast.py``), and rounding a difference costs less than rounding an output. A store is::
+Where all caches but the first have a narrower dtype, the first always holds the newest value, and the others are a
+ring of differences: of the newest value and the one before it, and of that and the one before. The same sum with other
+weights is then the same polynomial (``smoothcache_fx/forecast.py``), and rounding a difference costs less than rounding
+an output. A store is::
 
     clamp = clamp_max(clamp_min(sub(branch, cache_0), -65504), 65504)
-    copy_(cache_2, cache_1);  copy_(cache_1, clamp);  copy_(cache_0, branch)
+    copy_(cache_1, clamp);  copy_(cache_0, branch)
 """
 
 from __future__ import annotations
@@ -70,9 +72,9 @@ def emit_difference(graph: Graph, value: Node, before: Node, dtype: torch.dtype)
     return _call(graph, aten.clamp_max.default, _call(graph, aten.clamp_min.default, node, -largest), largest)
 
 
-def holds_differences(cache: torch.Tensor, older: torch.Tensor) -> bool:
-    """Whether a history holds differences: its dtype is then narrower than that of the newest output."""
-    return older.dtype != cache.dtype
+def holds_differences(first: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether all caches but the first hold differences: they then have a narrower dtype."""
+    return other.dtype != first.dtype
 
 
 def emit_forecast(graph: Graph, values: Sequence[Node], weights: Node) -> Node:

@@ -33,8 +33,8 @@ from .sites import Site
 SITE = "smoothcache_site"
 CACHE = "smoothcache_cache"
 DECISION = "smoothcache_decision"
-#: Of a cache: how many computed outputs lie between it and the newest.
-AGE = "smoothcache_age"
+#: Of a cache: its place among its output's caches. A store writes to the first, and of differences to the second.
+SLOT = "smoothcache_slot"
 #: Of the input with a weight per buffer, by which forecasts add up.
 WEIGHTS = "smoothcache_weights"
 
@@ -48,16 +48,14 @@ def guard(
 ) -> torch.Tensor:
     """Store ``value`` in ``cache`` and return it, or return what ``cache`` holds.
 
-    With ``older`` values, what is stored moves on into these first, and what is returned is their forecast. ``older``
-    of a narrower dtype hold differences (``passes/forecast.py``).
+    With ``older`` caches what is returned is the weighted sum of all, the forecast. They are slots of a ring: nothing
+    moves from one to another, and the caller gives the slot that is to be written first. ``older`` of a narrower dtype
+    hold differences (``passes/forecast.py``): the first of them takes the one to what ``cache`` held before.
     """
     if not compute:
         return forecast((cache, *older), weights) if older else cache
-    sources = [cache, *older][:-1]
     if older and holds_differences(cache, older[0]):
-        sources[0] = difference(value, cache, older[0].dtype)
-    for newer, there in reversed(list(zip(sources, older, strict=True))):
-        there.copy_(newer)
+        older[0].copy_(difference(value, cache, older[0].dtype))
     cache.copy_(value)
     return value
 
@@ -94,7 +92,7 @@ def cache_value(output: Node) -> torch.Tensor:
 
 
 def history_value(output: Node, history_dtype: torch.dtype | None) -> torch.Tensor:
-    """``cache_value`` of a buffer that is older than the newest: in ``history_dtype`` where that is narrower."""
+    """``cache_value`` of a buffer that is not an output's first: in ``history_dtype`` where that is narrower."""
     value = cache_value(output)
     if history_dtype is None or not value.is_floating_point() or history_dtype.itemsize >= value.dtype.itemsize:
         return value
@@ -107,9 +105,9 @@ def insert_guards(
 ) -> GraphModule:
     """The guarded graph: inputs as before, then the caches, then one decision (bool) per site.
 
-    Each site output has ``order + 1`` caches, newest first. With an order above 0 there is one more input after the
+    Each site output has ``order + 1`` caches. With an order above 0 there is one more input after the
     caches: ``weights``, float32 [number of caches], with which a forecast weighs each. Where ``history_dtype`` has
-    fewer bytes than an output's dtype, all of its caches but the newest have that dtype, and hold differences.
+    fewer bytes than an output's dtype, all of its caches but the first have that dtype, and hold differences.
     """
     graph, mapping = copy_graph(gm)
     first_call = next(node for node in graph.nodes if node.op != "placeholder")
@@ -119,10 +117,10 @@ def insert_guards(
     with graph.inserting_before(first_call):
         for index, site in enumerate(sites):
             for output in site.outputs:
-                for age in range(order + 1):
+                for slot in range(order + 1):
                     cache = graph.placeholder(f"cache_{len(caches)}")
-                    value = history_value(output, history_dtype if age else None)
-                    cache.meta.update({"val": value, SITE: index, CACHE: len(caches), AGE: age})
+                    value = history_value(output, history_dtype if slot else None)
+                    cache.meta.update({"val": value, SITE: index, CACHE: len(caches), SLOT: slot})
                     caches.append(cache)
         if order and caches:
             weights = graph.placeholder("weights")

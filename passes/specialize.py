@@ -12,8 +12,8 @@ After, where site 0 is computed, and where it is reused::
     copy_ = copy_(cache_0, attn)
     gated = mul(gate, attn)
 
-Dead code elimination then takes away exactly what only reused branches needed. A site with an order above 0 moves its
-history on before it stores, and reads a forecast (``passes/forecast.py``).
+Dead code elimination then takes away exactly what only reused branches needed. A site with an order above 0 reads a
+forecast from all of its caches, and stores into the first (``passes/forecast.py``).
 """
 
 from __future__ import annotations
@@ -72,14 +72,11 @@ def specialize(
 
 
 def _store(graph: Graph, value: Node, history: Sequence[Node], site: int) -> None:
-    """Write the value to the newest cache, after each older one has taken over the next newer one's.
-
-    Of a history of differences the newest takes the one that the value adds.
-    """
-    sources = [value, *history[:-1]]
+    """Write the value to the first cache; where the others hold differences, the new one to the second before."""
+    writes = [(history[0], value)]
     if len(history) > 1 and holds_differences(*(cache.meta["val"] for cache in history[:2])):
-        sources[1] = emit_difference(graph, value, history[0], history[1].meta["val"].dtype)
-    for source, cache in reversed(list(zip(sources, history, strict=True))):
+        writes.insert(0, (history[1], emit_difference(graph, value, history[0], history[1].meta["val"].dtype)))
+    for cache, source in writes:
         copy = graph.call_function(torch.ops.aten.copy_.default, (cache, source))
         copy.meta.update({"val": cache.meta["val"], SITE: site})
 

@@ -26,7 +26,7 @@ def check_graph(gm: GraphModule, *, like: GraphModule, stage: str) -> GraphModul
         like: the captured graph that it was made of.
         stage: ``"guarded"`` (guards, caches and decisions are allowed) or ``"variant"`` (only caches are, and each
             is either written, with a computed output, or read, never both; but before a cache is written, what it
-            holds may move on into an older one, as it is or subtracted from the output).
+            holds may be subtracted from the output, and the difference written to another cache).
     """
     try:
         gm.graph.lint()
@@ -117,9 +117,9 @@ def _check_cache(cache: Node) -> None:
         else:
             (writes if _writes(user, value) else reads).append(user)
     order = {node: position for position, node in enumerate(cache.graph.nodes)}
-    # Before it is written, a cache may be moved on into the next older one.
-    moved = [n for n in reads if _moves_on(n, cache)]
-    reads = [n for n in reads if n not in moved or any(order[n] > order[write] for write in writes)]
+    # Before it is written, a cache may give the difference that another one keeps.
+    subtracted = [n for n in reads if _goes_into_a_difference(n, cache)]
+    reads = [n for n in reads if n not in subtracted or any(order[n] > order[write] for write in writes)]
     if len(writes) > 1 or (writes and reads):
         raise GraphError(
             f"the cache {cache.name} is written by {[n.name for n in writes]} and read by "
@@ -129,12 +129,13 @@ def _check_cache(cache: Node) -> None:
         raise GraphError(f"the cache {cache.name} is copied onto itself")
 
 
-def _moves_on(user: Node, cache: Node) -> bool:
-    """Whether an op puts the cache, or a difference from it, into another cache and nowhere else."""
+def _goes_into_a_difference(user: Node, cache: Node) -> bool:
+    """Whether an op subtracts the cache from what replaces it, and only another cache takes the difference."""
     aten = torch.ops.aten
-    if packet(user) is aten.sub and user.args[1] is cache:
-        while packet(user) in (aten.sub, aten.clamp_min, aten.clamp_max) and len(user.users) == 1:
-            (user,) = user.users
+    if packet(user) is not aten.sub or user.args[1] is not cache:
+        return False
+    while packet(user) in (aten.sub, aten.clamp_min, aten.clamp_max) and len(user.users) == 1:
+        (user,) = user.users
     return packet(user) is aten.copy_ and user.args[0] is not cache and CACHE in user.args[0].meta
 
 

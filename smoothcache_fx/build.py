@@ -28,7 +28,7 @@ from .passes import (
 )
 from .passes.facts import tensor_value
 from .passes.forecast import holds_differences
-from .passes.guard import AGE, CACHE, SITE, copy_graph, placeholders, with_graph
+from .passes.guard import CACHE, SITE, SLOT, copy_graph, placeholders, with_graph
 from .passes.sites import output_bytes
 from .passes.specialize import variant_inputs
 from .program import Mask, Variant
@@ -43,7 +43,7 @@ class GraphBuilder:
     Attributes:
         captured: the ATen graph as AOTAutograd gave it, without what does nothing.
         sites, rejections: what ``passes.analyze`` says of it.
-        guarded: the guarded graph, with caches for forecasts of ``order``, the older ones in ``history_dtype`` where
+        guarded: the guarded graph, with caches for forecasts of ``order``, all but the first in ``history_dtype`` where
             that is narrower.
         graphs: the variants' graphs by mask, before the inner compiler had them.
     """
@@ -66,7 +66,7 @@ class GraphBuilder:
         self._trace("smoothcache_guarded", "A guard behind each site's output.", self.guarded)
         self.graphs: dict[Mask, GraphModule] = {}
         self.flops = count_flops(captured.graph)
-        #: Caches of a site's output: the newest, and what forecasts look back to.
+        #: Caches of a site's output, for the values that its forecasts look back to.
         self.history = order + 1
         self._compile_variant = compile_variant
         inputs = placeholders(captured.graph)
@@ -95,16 +95,16 @@ class GraphBuilder:
 
     def history_bytes_of(self, site: Site) -> int:
         """Bytes of the site's outputs as the history keeps one of each; 0 without a history."""
-        return sum(output_bytes(node) for node in self._caches_of(site) if node.meta[AGE] == 1)
+        return sum(output_bytes(node) for node in self._caches_of(site) if node.meta[SLOT] == 1)
 
     def differences_of(self, site: Site) -> frozenset[int]:
         """Positions of those of a site's cache buffers that hold a difference of outputs."""
         caches = self._caches_of(site)
-        newest = {node.meta[CACHE] - node.meta[AGE]: node for node in caches if not node.meta[AGE]}
+        newest = {node.meta[CACHE] - node.meta[SLOT]: node for node in caches if not node.meta[SLOT]}
         return frozenset(
             node.meta[CACHE]
             for node in caches
-            if holds_differences(newest[node.meta[CACHE] - node.meta[AGE]].meta["val"], node.meta["val"])
+            if holds_differences(newest[node.meta[CACHE] - node.meta[SLOT]].meta["val"], node.meta["val"])
         )
 
     def _caches_of(self, site: Site) -> list[Node]:

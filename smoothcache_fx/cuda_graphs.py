@@ -69,8 +69,8 @@ def _base(node: Node) -> Node:
     return node
 
 
-def moved_on(gm: GraphModule) -> list[int]:
-    """Positions of the inputs that a graph reads and writes: caches with a history, which move on from old to older."""
+def read_and_written(gm: GraphModule) -> list[int]:
+    """Positions of the inputs that a graph reads and writes: caches from which a difference is taken first."""
     holders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     read: set[Node] = set()
     written: set[Node] = set()

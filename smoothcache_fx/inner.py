@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from . import _inductor, _torch
-from .cuda_graphs import Boxed, may_run_twice, moved_on, recorded_at_once
+from .cuda_graphs import Boxed, may_run_twice, read_and_written, recorded_at_once
 from .errors import CompiledError
 
 #: Gets the ATen graph and a function that compiles a variant of it; returns a callable that takes one list.
@@ -96,7 +96,7 @@ class InductorCompiler:
         static = set(settings.get("static_input_idxs") or ())
         caches = [i for i, source in enumerate(origin) if source < 0]
         positions = [i for i, source in enumerate(origin) if source in static] + caches
-        twice, moved = self.cuda_graphs and may_run_twice(gm, caches), moved_on(gm)
+        twice, moved = self.cuda_graphs and may_run_twice(gm, caches), read_and_written(gm)
         run = _inductor.compile(gm, fakes, {**settings, "static_input_idxs": positions}, self.patches)
         if not twice:
             return run

@@ -7,7 +7,7 @@ import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,9 @@ from .clock import Clock
 
 log = logging.getLogger(__name__)
 
+#: Lists of buffers that a stream keeps, one for each variant and position of its rings.
+MOST_ARGUMENTS = 256
+
 
 @dataclass(frozen=True)
 class SiteInfo:
@@ -25,7 +28,7 @@ class SiteInfo:
     name: str
     group: str
     kind: str
-    #: Positions of its caches: for each output the newest and those of its history.
+    #: Positions of its caches, output by output.
     buffers: tuple[int, ...]
     #: How many of them belong to an output.
     history: int
@@ -47,6 +50,13 @@ class Mask:
     compute: int
     store: int
     orders: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        # It is looked up several times a call, and the orders may be those of hundreds of sites.
+        object.__setattr__(self, "_hash", hash((self.compute, self.store, self.orders)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -74,7 +84,6 @@ class Variant:
         self.flops = flops
         self.seconds = 0.0
         self.pick_inputs = picker(inputs)
-        self.pick_buffers = picker(buffers)
 
 
 class VariantBuilder(Protocol):
@@ -96,18 +105,31 @@ class VariantBuilder(Protocol):
     def weights(self, values: Sequence[float]) -> torch.Tensor: ...
 
 
-@dataclass
 class Stream:
-    """The cache of one stream of a binding: its buffers, and for each site the steps whose outputs they hold."""
+    """The cache of one stream of a binding: its buffers, and for each site the steps whose outputs they hold.
 
-    signature: tuple[Any, ...]
-    buffers: list[torch.Tensor | None]
-    #: Per site, newest first; of a site without forecasts only the newest.
-    stored: list[tuple[int, ...]]
-    trajectory: int = -1
-    last_step: int = -1
-    #: Variants whose buffers all exist.
-    ready: set[Variant] = field(default_factory=set)
+    Attributes:
+        buffers: the cache buffers, None until a variant needs them.
+        stored: per site the steps whose outputs it holds, newest first; of a site without forecasts only the newest.
+        heads: per site how many values it has stored, modulo the lengths of a ring of values and of one of differences:
+            so which slot of either the next store writes. Empty where no site has a ring.
+    """
+
+    def __init__(self, signature: tuple[Any, ...], buffers: int, sites: int, rings: bool) -> None:
+        self.signature = signature
+        self.buffers: list[torch.Tensor | None] = [None] * buffers
+        self.stored: list[tuple[int, ...]] = [()] * sites
+        self.heads: tuple[int, ...] = (0,) * sites if rings else ()
+        self.trajectory = -1
+        self.last_step = -1
+        #: A variant's buffers, for the heads that it is called with.
+        self.arguments: dict[tuple[Variant, tuple[int, ...]], tuple[torch.Tensor, ...]] = {}
+
+    def begin(self, trajectory: int) -> None:
+        """Forget what the caches hold. Rings begin at their first slot, so that each trajectory writes alike."""
+        self.trajectory, self.last_step = trajectory, -1
+        self.stored = [()] * len(self.stored)
+        self.heads = (0,) * len(self.heads)
 
 
 @dataclass(frozen=True)
@@ -120,6 +142,7 @@ class Plan:
     every: int
     orders: tuple[int, ...]
     times: tuple[float, ...]
+    masks: tuple[Mask, ...]
 
     def mask(self, compute: int) -> Mask:
         return Mask(compute, compute & self.store, self.orders)
@@ -140,13 +163,16 @@ def make_plan(
         compute.append(bits)
         last_compute.append(tuple(latest))
     store = sum(1 << index for index, row in enumerate(rows) if not all(row))
+    orders = tuple(orders) if any(orders) else ()
+    masks = {bits: Mask(bits, bits & store, orders) for bits in compute}
     return Plan(
         tuple(compute),
         tuple(last_compute),
         store,
         every=(1 << len(rows)) - 1,
-        orders=tuple(orders) if any(orders) else (),
+        orders=orders,
         times=tuple(map(float, range(steps) if times is None else times)),
+        masks=tuple(masks[bits] for bits in compute),
     )
 
 
@@ -161,8 +187,9 @@ class Binding:
         self.calls: Counter[tuple[Mask, int]] = Counter()
         self.planned: Counter[int] = Counter()
         self.forced: Counter[str] = Counter()
-        #: By step and by which steps' outputs the caches hold.
-        self._weights: dict[tuple[int, tuple[tuple[int, ...], ...]], torch.Tensor] = {}
+        self._site_of = {buffer: index for index, site in enumerate(self.sites) for buffer in site.buffers}
+        #: By step, by which steps' outputs the caches hold and where.
+        self._weights: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def stream(self, key: Hashable, signature: tuple[Any, ...]) -> Stream:
         """The stream's cache; a new and empty one where the shapes of the inputs have changed."""
@@ -170,7 +197,7 @@ class Binding:
         if stream is None or stream.signature != signature:
             if stream is not None and stream.last_step >= 0:
                 log.info("the shapes of the inputs changed from %s to %s: new caches", stream.signature, signature)
-            stream = Stream(signature, [None] * self.buffer_count, [()] * len(self.sites))
+            stream = Stream(signature, self.buffer_count, len(self.sites), bool(self.plan.orders))
             self.streams[key] = stream
         return stream
 
@@ -178,18 +205,17 @@ class Binding:
         """The plan's mask for the step, with every site computed whose cache does not hold what the plan reads."""
         planned = self.plan.compute[step]
         if stream.trajectory != trajectory:
-            stream.trajectory, stream.last_step = trajectory, -1
-            stream.stored = [()] * len(self.sites)
+            stream.begin(trajectory)
             if self.plan.orders:
                 _clear(stream.buffers)
         if stream.last_step == step - 1 and step > 0:
-            return self.plan.mask(planned)
+            return self.plan.masks[step]
         missing = self._missing(stream, step)
         if missing:
             reason = "no value in this trajectory yet" if stream.last_step < 0 else "an earlier step was missed"
             self.forced[f"{reason}, at step {step}"] += missing.bit_count()
             log.info("step %d: %d sites are computed beyond the plan: %s", step, missing.bit_count(), reason)
-        return self.plan.mask(planned | missing)
+        return self.plan.mask(planned | missing) if missing else self.plan.masks[step]
 
     def _missing(self, stream: Stream, step: int) -> int:
         reused = self.plan.every & ~self.plan.compute[step]
@@ -200,32 +226,75 @@ class Binding:
             if reused >> index & 1 and (not stream.stored[index] or stream.stored[index][0] < needed[index])
         )
 
+    def arguments(
+        self, stream: Stream, variant: Variant, mask: Mask, builder: VariantBuilder, inputs: Sequence[Any]
+    ) -> tuple[torch.Tensor, ...]:
+        """The buffers that a variant takes; those that do not exist are made.
+
+        What reads takes all slots of a ring in their order, at whatever step: a CUDA graph finds them where they were.
+        What stores takes the slot at the ring's head.
+        """
+        places = [self._place(stream, mask, buffer) for buffer in variant.buffers]
+        for buffer in places:
+            if stream.buffers[buffer] is None:
+                stream.buffers[buffer] = builder.allocate(buffer, inputs)
+                if mask.orders:
+                    _clear([stream.buffers[buffer]])
+        if len(stream.arguments) > MOST_ARGUMENTS:  # a sampler that misses steps has other heads again and again
+            stream.arguments.clear()
+        found = stream.arguments[variant, stream.heads] = tuple([stream.buffers[buffer] for buffer in places])
+        return found
+
+    def _place(self, stream: Stream, mask: Mask, buffer: int) -> int:
+        """Which buffer a variant's cache is: of one that is stored, the slot at the head of the ring."""
+        index = self._site_of[buffer]
+        if not stream.heads or not mask.store >> index & 1:
+            return buffer
+        site, order = self.sites[index], self.plan.orders[index]
+        slot = site.buffers.index(buffer) % site.history
+        differs = buffer - slot + 1 in site.differences
+        # Values have the ring in all of their slots, differences in all but the first.
+        if slot != int(differs) or not order:
+            return buffer
+        return buffer + stream.heads[index] % (order if differs else order + 1)
+
     def weights(self, stream: Stream, step: int, builder: VariantBuilder) -> torch.Tensor:
         """What each buffer counts for in the forecasts of a step."""
-        key = step, tuple(stream.stored)
+        key = step, tuple(stream.stored), stream.heads
         found = self._weights.get(key)
         if found is None:
             times = self.plan.times
             values = [0.0] * self.buffer_count
-            for site, stored in zip(self.sites, stream.stored, strict=True):
+            for index, (site, stored) in enumerate(zip(self.sites, stream.stored, strict=True)):
                 own = forecast.weights([times[at] for at in stored], times[step]) if stored else ()
                 for first in range(0, len(site.buffers), site.history):
                     buffers = site.buffers[first : first + site.history]
                     differs = not site.differences.isdisjoint(buffers)
-                    for buffer, weight in zip(buffers, forecast.of_differences(own) if differs else own, strict=False):
-                        values[buffer] = weight
+                    for age, weight in enumerate(forecast.of_differences(own) if differs else own):
+                        values[buffers[self._slot(index, stream.heads[index], age, differs)]] = weight
             if len(self._weights) > 4 * len(times):  # a sampler that misses steps has new ones again and again
                 self._weights.clear()
             found = self._weights[key] = builder.weights(values)
         return found
 
+    def _slot(self, index: int, head: int, age: int, differs: bool) -> int:
+        """Where a site's ring holds the value, or the difference, of this age; ``head`` is what is written next."""
+        order = self.plan.orders[index]
+        if differs:
+            return 1 + (head - age) % order if age else 0
+        return (head - 1 - age) % (order + 1)
+
     def commit(self, stream: Stream, mask: Mask, step: int) -> None:
         """Note what the call has stored. Only after it has succeeded: a failed one leaves the cache unknown."""
         if mask.store:
+            heads = list(stream.heads)
             for index, stored in enumerate(stream.stored):
                 if mask.store >> index & 1:
                     order = mask.orders[index] if mask.orders else 0
                     stream.stored[index] = (step, *stored[:order])
+                    if order:
+                        heads[index] = (heads[index] + 1) % (order * (order + 1))
+            stream.heads = tuple(heads)
         stream.last_step = step
         self.planned[self.plan.compute[step]] += 1
 
@@ -277,14 +346,10 @@ class GuardedProgram:
         stream = binding.stream(clock.stream, signature)
         mask = binding.decide(stream, clock.trajectory, clock.step)
         variant = self._variant(mask, signature, inputs)
-        if variant not in stream.ready:
-            for buffer in variant.buffers:
-                if stream.buffers[buffer] is None:
-                    stream.buffers[buffer] = self.builder.allocate(buffer, inputs)
-                    if mask.orders:
-                        _clear([stream.buffers[buffer]])
-            stream.ready.add(variant)
-        arguments = [*variant.pick_inputs(inputs), *variant.pick_buffers(stream.buffers)]
+        buffers = stream.arguments.get((variant, stream.heads))
+        if buffers is None:
+            buffers = binding.arguments(stream, variant, mask, self.builder, inputs)
+        arguments = [*variant.pick_inputs(inputs), *buffers]
         if variant.weighs:
             arguments.append(binding.weights(stream, clock.step, self.builder))
         inputs.clear()

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .passes.facts import WEIGHT, module_path, source_line
-from .passes.guard import AGE, CACHE, DECISION, SITE, WEIGHTS
+from .passes.guard import CACHE, DECISION, SITE, SLOT, WEIGHTS
 
 #: Where a file of constants lies, beside the Python file.
 CONSTANTS = "constants.pt"
@@ -55,8 +55,8 @@ def notes(names: Sequence[str]) -> Callable[[Node], str | None]:
             return None
         name = names[node.meta[SITE]]
         if CACHE in node.meta:
-            age = node.meta[AGE]
-            return f"cache of {name}" + (f", {age} outputs older than the newest" if age else "")
+            slot = node.meta[SLOT]
+            return f"cache of {name}" + (f", slot {slot} of its ring" if slot else "")
         return f"whether {name} is computed" if DECISION in node.meta else f"site {name}"
 
     return note

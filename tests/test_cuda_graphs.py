@@ -17,7 +17,7 @@ from capture import Stack, inputs
 from cases import randomize
 from oracle import Oracle
 from smoothcache_fx import Schedule
-from smoothcache_fx.cuda_graphs import may_run_twice, moved_on, owned, recorded_at_once
+from smoothcache_fx.cuda_graphs import may_run_twice, owned, read_and_written, recorded_at_once
 from smoothcache_fx.forward import compiled_forward
 from test_backend import Branch
 
@@ -134,9 +134,9 @@ def test_a_history_moves_on_once_though_the_graph_runs_twice(older_is, through, 
         return x * 2
 
     gm = make_fx(step, tracing_mode="fake")(*torch.randn(3, 1))
-    assert may_run_twice(gm, [1, 2]) and moved_on(gm) == [1]
+    assert may_run_twice(gm, [1, 2]) and read_and_written(gm) == [1]
     x, newest, older = torch.tensor([[1.0], [2.0], [3.0]])
-    call = recorded_at_once(lambda arguments: [gm(*arguments)], [], moved_on(gm))
+    call = recorded_at_once(lambda arguments: [gm(*arguments)], [], read_and_written(gm))
     for values in expected:
         call([x, newest, older])
         assert [newest.item(), older.item()] == values
