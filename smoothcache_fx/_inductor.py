@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -29,6 +30,19 @@ _KEPT_METADATA = (
 # Settings that are given when a graph is captured and not when it is read from disk: left out, since all settings are
 # part of the key of Inductor's own cache. Their defaults are what they are given as.
 _NOT_SETTLED = ("is_backward", "get_decomp_fn")
+#: Optional steps of Inductor by the file that they are in, with the settings that switch them off. Where one of these
+#: files is in a traceback, code without the step can still be had.
+_OPTIONAL = {
+    "tiling_utils.py": {"triton.coalesce_tiling_analysis": False},
+    "pad_mm.py": {"shape_padding": False},
+    "b2b_gemm.py": {"b2b_gemm_pass": False},
+    "group_batch_fusion.py": {"group_fusion": False, "batch_fusion": False},
+    "combo_kernel.py": {"combo_kernels": False},
+    "triton_combo_kernel.py": {"combo_kernels": False},
+    "select_algorithm.py": {"max_autotune": False, "max_autotune_gemm": False, "max_autotune_pointwise": False},
+    "loop_body.py": {"loop_ordering_after_fusion": False},
+    "memory.py": {"reorder_for_peak_memory": False},
+}
 _inner_compile: ContextVar[InnerCompile] = ContextVar("_inner_compile")
 
 
@@ -152,6 +166,41 @@ def compile(
         torch.no_grad(),
     ):
         return compile_fx_inner(gm, fake_inputs, **settings)
+
+
+def settings_to_switch_off(error: BaseException) -> dict[str, Any]:
+    """Settings without which the code would not have run that raised the error; empty where that is none optional."""
+    files = {
+        Path(frame.f_code.co_filename).name
+        for one in causes(error)
+        for frame, _ in traceback.walk_tb(one.__traceback__)
+        if "_inductor" in Path(frame.f_code.co_filename).parts
+    }
+    return {name: value for file in files & _OPTIONAL.keys() for name, value in _OPTIONAL[file].items()}
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and those that it was raised from or while handling, the last one first."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            pending += [one.__cause__, one.__context__, getattr(one, "inner_exception", None)]
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether the error says that memory, a compiler or Triton is missing: no other code would help."""
+    from torch._inductor import exc
+
+    missing = tuple(
+        getattr(exc, name)
+        for name in ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton")
+        if hasattr(exc, name)
+    )
+    return any(isinstance(one, (MemoryError, torch.OutOfMemoryError, *missing)) for one in causes(error))
 
 
 def code_path(run: Callable[..., Any]) -> str | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from . import _torch
+from . import _inductor, _torch
 from .inner import CompileVariant, InnerCompiler
 from .passes import (
     Site,
@@ -62,6 +62,8 @@ class GraphBuilder:
         narrower = None if history_dtype is None else getattr(torch, history_dtype)
         guarded = insert_guards(captured, self.sites, order, narrower)
         self.guarded = check_graph(guarded, like=captured, stage="guarded")
+        #: What became of variants that the inner compiler failed on.
+        self.failures: dict[Mask, str] = {}
         self._compile_id = _torch.current_compile_id()
         self._trace("smoothcache_guarded", "A guard behind each site's output.", self.guarded)
         self.graphs: dict[Mask, GraphModule] = {}
@@ -141,12 +143,41 @@ class GraphBuilder:
             examples.append(self.weights([0.0] * self.buffer_count))
         start = time.perf_counter()
         with _torch.recording_guards(self._fake_mode if self.shape_inputs else None) as conditions:
-            # Inductor changes the graph that it is given.
-            own = with_graph(graph, copy_graph(graph)[0])
-            variant.run = self._compile_variant(own, examples, [-1 if count <= i < end else i for i in kept])
+            origin = [-1 if count <= i < end else i for i in kept]
+            variant.run = self._compile(mask, graph, examples, origin) or variant.run
         self._conditions.extend(conditions)
         log.info("variant %d: compiled in %.1f s", list(self.graphs).index(mask), time.perf_counter() - start)
         return variant
+
+    def _compile(
+        self, mask: Mask, graph: GraphModule, examples: Sequence[Any], origin: Sequence[int]
+    ) -> Callable[[list[Any]], Sequence[Any]] | None:
+        """The variant's code. Where the compiler fails, code without the optional step that failed, or None."""
+        settings: dict[str, Any] = {}
+        while True:
+            try:
+                # Inductor changes the graph that it is given.
+                return self._compile_variant(with_graph(graph, copy_graph(graph)[0]), examples, origin, settings)
+            except Exception as error:
+                if _inductor.is_of_the_machine(error):
+                    raise
+                more = {} if settings else self._inner.settings_to_switch_off(error)
+                self._note_failure(mask, error, more)
+                if not more:
+                    return None
+                settings = more
+
+    def _note_failure(self, mask: Mask, error: Exception, settings: Mapping[str, Any]) -> None:
+        """Say it once for all variants that fail alike."""
+        if settings:
+            done = f"is compiled with {', '.join(f'{name}={value}' for name, value in settings.items())}"
+        else:
+            done = "runs op by op: right, but slower"
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        what = f"the inner compiler failed ({type(error).__name__}: {first_line}): the variant {done}"
+        if what not in self.failures.values():
+            log.warning("%d of %d sites computed: %s", mask.compute.bit_count(), len(self.sites), what, exc_info=error)
+        self.failures[mask] = what
 
     def build_uncompiled(self, mask: Mask) -> Variant:
         """The variant run node by node: for sizes that the compiled one does not hold for."""

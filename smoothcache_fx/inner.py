@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -18,9 +19,19 @@ Transform = Callable[[GraphModule, "CompileVariant"], Callable[[list[Any]], Sequ
 
 
 class CompileVariant(Protocol):
-    """Compiles one graph. ``inputs`` are real; ``static`` says which of them keep their addresses."""
+    """Compiles one graph.
 
-    def __call__(self, gm: GraphModule, inputs: Sequence[Any], origin: Sequence[int]) -> Boxed: ...
+    ``inputs`` are real. ``origin`` says for each of them which of the captured graph's inputs it is, or -1 for a cache
+    buffer, which keeps its address. ``settings`` are the compiler's own, beside those that it was made with.
+    """
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        origin: Sequence[int],
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Boxed: ...
 
 
 class InnerCompiler(Protocol):
@@ -32,6 +43,9 @@ class InnerCompiler(Protocol):
     cuda_graphs: bool
 
     def capture(self, gm: GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]: ...
+
+    def settings_to_switch_off(self, error: BaseException) -> dict[str, Any]:
+        """Settings of an optional step that this error comes from, so that it may be left out; empty if none."""
 
 
 def refuse_training(gm: GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
@@ -58,7 +72,16 @@ class NamedCompiler:
 
         return _torch.aot_capture(gm, inputs, inference, refuse_training)
 
-    def _compile(self, gm: GraphModule, inputs: Sequence[Any], origin: Sequence[int]) -> Boxed:
+    def settings_to_switch_off(self, error: BaseException) -> dict[str, Any]:
+        return {}
+
+    def _compile(
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        origin: Sequence[int],
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Boxed:
         with torch.no_grad(), _torch.without_dispatch_modes():
             compiled = self.backend(gm, list(inputs), **self.kwargs)
 
@@ -88,16 +111,25 @@ class InductorCompiler:
 
         return _inductor.capture(gm, inputs, inner_compile, self.patches)
 
+    def settings_to_switch_off(self, error: BaseException) -> dict[str, Any]:
+        return _inductor.settings_to_switch_off(error)
+
     def _compile(
-        self, settings: dict[str, Any], gm: GraphModule, inputs: Sequence[Any], origin: Sequence[int]
+        self,
+        captured: dict[str, Any],
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        origin: Sequence[int],
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> Boxed:
         fakes = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
         # The captured graph's static inputs are its parameters; the variant's are these and every cache buffer.
-        static = set(settings.get("static_input_idxs") or ())
+        static = set(captured.get("static_input_idxs") or ())
         caches = [i for i, source in enumerate(origin) if source < 0]
         positions = [i for i, source in enumerate(origin) if source in static] + caches
         twice, moved = self.cuda_graphs and may_run_twice(gm, caches), read_and_written(gm)
-        run = _inductor.compile(gm, fakes, {**settings, "static_input_idxs": positions}, self.patches)
+        patches = {**self.patches, **settings}
+        run = _inductor.compile(gm, fakes, {**captured, "static_input_idxs": positions}, patches)
         if not twice:
             return run
         return recorded_at_once(run, [i for i, fake in enumerate(fakes) if isinstance(fake, torch.SymInt)], moved)

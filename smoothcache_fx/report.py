@@ -48,6 +48,7 @@ class Report(Printable):
         whole: modules that are one op in the graph and run uncompiled, since the graph would break inside of them.
         uncompiled_calls: calls that Dynamo ran uncompiled, and so uncached.
         forced: site calls that were computed although the schedule said reuse, by reason.
+        failures: what the inner compiler failed on and what was done instead, with the number of variants.
         cache_bytes: cache buffers of all streams.
         mac_ratio: FLOPs of the same calls uncached over FLOPs of those that were run, counted on the variants'
             graphs: the speed-up if time were arithmetic.
@@ -67,6 +68,7 @@ class Report(Printable):
     whole: tuple[str, ...] = ()
     uncompiled_calls: int = 0
     forced: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
     cache_bytes: int = 0
     mac_ratio: float = 1.0
     times: list[KindTime] = field(default_factory=list)
@@ -86,7 +88,12 @@ class Report(Printable):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as dictionaries, lists and numbers, for JSON."""
-        return {**asdict(self), "breaks": dict(self.breaks), "forced": dict(self.forced)}
+        return {
+            **asdict(self),
+            "breaks": dict(self.breaks),
+            "forced": dict(self.forced),
+            "failures": dict(self.failures),
+        }
 
     def __str__(self) -> str:
         rows = [("group", "kind", "sites", "computed", "planned reuses", "reused", "reused %")]
@@ -114,6 +121,8 @@ class Report(Printable):
         lines.extend(describe_breaks(self.breaks, self.lost_share, self.whole))
         if self.uncompiled_calls:
             lines.append(f"{self.uncompiled_calls} calls ran uncompiled and uncached: Dynamo hit its recompile limit")
+        for what, count in self.failures.items():
+            lines.append(f"{count} variant{'s' if count > 1 else ''}: {what}")
         if self.forced:
             lines.append("computed beyond the schedule:")
             lines.extend(f"  {count} site calls: {reason}" for reason, count in self.forced.items())
@@ -164,6 +173,7 @@ def report(model_or_pipeline: Any) -> Report:
         total.lost_share = max(total.lost_share, other.lost_share)
         total.uncompiled_calls += other.uncompiled_calls
         total.forced += other.forced
+        total.failures += other.failures
         total.cache_bytes += other.cache_bytes
         uncached, done = uncached + its_uncached, done + its_done
     total.mac_ratio = uncached / done if done else 1.0
@@ -201,6 +211,7 @@ def _report(forward: CompiledForward, prefix: str) -> tuple[Report, int, int]:
         whole=session.whole,
         uncompiled_calls=forward.uncompiled_calls,
         forced=forced,
+        failures=Counter(what for program in session.programs for what in program.builder.failures.values()),
         cache_bytes=cache_bytes,
     )
     return report, uncached, done

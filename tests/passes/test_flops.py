@@ -39,7 +39,13 @@ def test_flex_attention(registered, device, monkeypatch):
     with FakeTensorMode():
         query = torch.empty(BATCH, HEADS, QUERIES, WIDTH, device=device)
         key, value = (torch.empty(BATCH, HEADS, KEYS, WIDTH, device=device) for _ in range(2))
-        graph = graph_of(flex_attention, query, key, value, out=(torch.empty_like(query), torch.empty(BATCH, HEADS, QUERIES, device=device)))
+        graph = graph_of(
+            flex_attention,
+            query,
+            key,
+            value,
+            out=(torch.empty_like(query), torch.empty(BATCH, HEADS, QUERIES, device=device)),
+        )
     assert count_flops(graph) == 2 * 2 * BATCH * HEADS * QUERIES * KEYS * WIDTH
 
 
