@@ -3,6 +3,7 @@
 # transformers looks for a package called `kernels` by importing it. Where Python starts in this repository's root,
 # it finds this folder, and must not register the ops a second time: torch drops the first ones, in use or not.
 if __name__ != "kernels":
+    from .grouped_linear import grouped_linear
     from .relative_l1 import relative_l1
     from .residual_accumulate import residual_accumulate
     from .residual_forecast import residual_forecast
@@ -11,6 +12,7 @@ if __name__ != "kernels":
     from .residual_store import residual_store
 
     __all__ = [
+        "grouped_linear",
         "relative_l1",
         "residual_accumulate",
         "residual_forecast",

@@ -4,8 +4,10 @@ from .cuts import container_of, work_outside
 from .flops import count_flops
 from .fuse import fuse
 from .fuse_norms import fuse_norms
+from .group import group_linears
 from .guard import guard, insert_guards, run_guarded
 from .lowering import Lowering, lowering_for
+from .merge_equal import merge_equal
 from .narrow import narrow
 from .observe import observe
 from .simplify import simplify
@@ -27,9 +29,11 @@ __all__ = [
     "find_sites",
     "fuse",
     "fuse_norms",
+    "group_linears",
     "guard",
     "insert_guards",
     "lowering_for",
+    "merge_equal",
     "narrow",
     "observe",
     "run_guarded",

@@ -35,7 +35,7 @@ from .branches import addends
 from .facts import aten, is_product, packet, prims, same_sizes, tensor_value
 from .flops import concrete
 from .forecast import CAST, FORECAST, read_forecast
-from .guard import CACHE, copy_graph, with_graph
+from .guard import CACHE, copy_graph, emit, with_graph
 from .lowering import Lowering
 from .specialize import remove_dead_code
 
@@ -298,13 +298,7 @@ def _lower_run(graph: Graph, run: Sequence[Load]) -> None:
 
 
 def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
-    value = tensor_value(node)
-    if value.dtype == dtype:
-        return node
-    cast = graph.call_function(CAST, (node, dtype))
-    with value.fake_mode:
-        cast.meta = {**node.meta, "val": CAST(value, dtype)}
-    return cast
+    return node if tensor_value(node).dtype == dtype else emit(graph, CAST, node, dtype)
 
 
 def in_layout(graph: Graph, node: Node, like: torch.Tensor) -> Node:
@@ -317,18 +311,10 @@ def in_layout(graph: Graph, node: Node, like: torch.Tensor) -> Node:
         return node
     order = sorted(range(like.dim()), key=lambda dim: (-concrete(like.stride(dim)), dim))
     back = [order.index(dim) for dim in range(like.dim())]
-    for op, arguments, keywords in (
-        (aten.permute.default, (order,), {}),
-        (aten.clone.default, (), {"memory_format": torch.contiguous_format}),
-        (aten.permute.default, (back,), {}),
-    ):
-        if op is aten.permute.default and order == back == list(range(like.dim())):
-            continue
-        before = tensor_value(node)
-        node = graph.call_function(op, (node, *arguments), keywords)
-        with before.fake_mode:
-            node.meta["val"] = op(before, *arguments, **keywords)
-    return node
+    in_order = order == list(range(like.dim()))
+    node = node if in_order else emit(graph, aten.permute.default, node, order)
+    node = emit(graph, aten.clone.default, node, memory_format=torch.contiguous_format)
+    return node if in_order else emit(graph, aten.permute.default, node, back)
 
 
 def _same_layout(left: torch.Tensor, right: torch.Tensor) -> bool:

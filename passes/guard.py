@@ -20,10 +20,12 @@ and stores the fresh value or hands on the stored one. That is slow and exact, t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .facts import aten
 from .forecast import difference, forecast, holds_differences
@@ -75,6 +77,16 @@ def with_graph(gm: GraphModule, graph: Graph) -> GraphModule:
     result = GraphModule(gm, graph)
     result.meta.update(gm.meta)
     return result
+
+
+def emit(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+    """A call at the graph's insertion point, with its value worked out from those of its arguments."""
+    node = graph.call_function(target, args, kwargs)
+    given, named = tree_map(lambda one: one.meta["val"] if isinstance(one, Node) else one, (args, kwargs))
+    fake = next(one for one in tree_leaves((given, named)) if isinstance(one, torch.Tensor))
+    with fake.fake_mode:
+        node.meta["val"] = target(*given, **named)
+    return node
 
 
 def placeholders(graph: Graph) -> list[Node]:

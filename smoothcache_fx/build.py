@@ -20,8 +20,10 @@ from .passes import (
     count_flops,
     fuse,
     fuse_norms,
+    group_linears,
     insert_guards,
     lowering_for,
+    merge_equal,
     narrow,
     simplify,
     specialize,
@@ -227,6 +229,9 @@ class GraphBuilder:
                 graph = self._run_pass(name, functools.partial(fuse, lowering=self.lowering), graph)
                 if self.lowering.norms:
                     graph = self._run_pass(name, fuse_norms, graph)
+                if self.lowering.groups and len(chosen["compute"]) < len(sites):
+                    graph = self._run_pass(name, merge_equal, graph)
+                    graph = self._run_pass(name, group_linears, graph)
             heading = f"{len(chosen['compute'])} of {len(sites)} sites are computed."
             self._trace(f"smoothcache_{name.replace(' ', '_')}", heading, graph)
             self.graphs[mask] = check_graph(graph, like=self.captured, stage="variant")

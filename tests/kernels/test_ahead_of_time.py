@@ -223,3 +223,19 @@ def test_a_table_of_addresses_of_any_alignment():
     recorder = record(kernel, "address_table_kernel", lambda: kernel.address_table(tensors, torch.device("meta")))
     artefact = compile_launch(recorder, 90)
     assert [kind for kind, _ in artefact.accesses] == ["st"] * 3
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("rows", [2, 64])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT], ids=str)
+def test_grouped_linears_copy_weights_ahead_128_bits_at_a_time(dtype, rows, capability, monkeypatch):
+    kernel = module("grouped_linear")
+    monkeypatch.setattr(kernel, "address_table", lambda tensors, device: meta((len(tensors),), torch.int64))
+    x, weight, bias = meta((rows, 1152), dtype), meta((1152, 1152), dtype), meta((1152,), dtype)
+    run = partial(kernel._launch, [x] * 28, [weight] * 28, [bias] * 28)
+    artefact = compile_launch(record(kernel, "grouped_linear_kernel", run), capability)
+    copies = re.findall(r"cp\.async\.c\S+ [^;]*\], (0x\w+)", artefact.ptx)
+    assert set(copies) == {"0x10"} and artefact.spilled_bytes() == (0, 0)
+    assert {bits for kind, bits in artefact.accesses if kind == "st"} == {128}
+    if dtype is BFLOAT16:
+        assert re.search(r"(wgmma|mma|tcgen05\.mma)\.", artefact.ptx), "no tensor cores"

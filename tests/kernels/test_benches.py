@@ -35,6 +35,7 @@ def bench(op: str) -> ModuleType:
 
 def test_each_kernel_has_a_bench():
     assert OPS == [
+        "grouped_linear",
         "relative_l1",
         "residual_accumulate",
         "residual_forecast",
@@ -121,7 +122,9 @@ def test_figures(op, common, monkeypatch, tmp_path, capsys):
 
 
 def least_bytes(op: str, batch: int, tokens: int, width: int) -> int:
-    """In float32, each tensor once: streams of all tokens, and gates per sample."""
+    """In float32, each tensor once: streams of all tokens and gates per sample, or 28 square weights."""
+    if op == "grouped_linear":
+        return 4 * 28 * width * (width + 1 + batch)
     streams, gates = {
         "residual_store": (4, 1),
         "residual_load": (3, 1),

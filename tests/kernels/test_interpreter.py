@@ -20,6 +20,7 @@ from smoothcache_fx import kernels
 HERE = Path(__file__).parent
 X = torch.zeros(2, 8)
 CALLS = {
+    "grouped_linear": lambda: kernels.grouped_linear([X], [X], [None]),
     "residual_store": lambda: kernels.residual_store(X, None, X, torch.empty_like(X)),
     "residual_load": lambda: kernels.residual_load(X, None, X),
     "residual_accumulate": lambda: kernels.residual_accumulate(X, [None], [X]),
