@@ -12,8 +12,10 @@ from smoothcache_fx.kernels import grouped_linear
 from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
-#: Relative to the norm: sums are in another order; the interpreter cuts bfloat16 off.
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2**-6 if INTERPRETED else 2**-7}
+#: Triton's interpreter multiplies bfloat16 matrices as if their bits were whole numbers.
+SOME_DTYPES = [dtype for dtype in DTYPES if not (INTERPRETED and dtype == torch.bfloat16)]
+#: Relative to the norm: sums are in another order.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2**-7}
 
 
 def check(inputs: list[Tensor], weights: list[Tensor], biases: list[Tensor | None]) -> None:
@@ -27,7 +29,7 @@ def check(inputs: list[Tensor], weights: list[Tensor], biases: list[Tensor | Non
     assert (out.double() - wanted).norm() <= TOLERANCE[out.dtype] * wanted.norm()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SOME_DTYPES, ids=str)
 @pytest.mark.parametrize("biased", ["all", "some", "none"])
 @pytest.mark.parametrize(("rows", "columns", "width"), [(1, 16, 8), (2, 130, 123), (17, 64, 300), (70, 100, 64)])
 def test_any_size(rows, columns, width, biased, dtype):
@@ -101,7 +103,7 @@ def test_another_dtype_is_refused():
         grouped_linear([x], [weight.half()], [None])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SOME_DTYPES, ids=str)
 def test_opcheck(dtype):
     given = [randn(2, 8, dtype=dtype)] * 2, [randn(4, 8, dtype=dtype) for _ in range(2)], [randn(4, dtype=dtype), None]
     torch.library.opcheck(grouped_linear, given)
