@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from turns import turn
 
 import smoothcache_fx as smoothcache
 
@@ -32,13 +33,17 @@ def synchronize() -> None:
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of each run, ``rounds`` times each, taking turns, so that a slow spell of the machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(warmup + rounds):
-        for name, run in runs.items():
-            synchronize()
-            start = time.perf_counter()
+    for _ in range(warmup):
+        for run in runs.values():
             run()
-            synchronize()
-            if turn >= warmup:
+    synchronize()
+    with turn():
+        for _ in range(rounds):
+            for name, run in runs.items():
+                synchronize()
+                start = time.perf_counter()
+                run()
+                synchronize()
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 

@@ -51,8 +51,8 @@ def rows_for(steps: int) -> dict[str, list[int]]:
     return rows
 
 
-def schedule_of(row: Sequence[int]) -> Schedule:
-    return Schedule(len(row), {"attn": row, "ffn": row})
+def schedule_of(row: Sequence[int], order: int = 0) -> Schedule:
+    return Schedule(len(row), {"attn": row, "ffn": row}, order=order)
 
 
 def describe(error: Exception) -> str:
@@ -72,7 +72,7 @@ class Configurations:
         self.task = Task(model, sampler, self.row, sum(sampler.flops(Peer(twin(model)))))
         self.entries: list[Entry] = []
         self.checks: dict[str, Any] = {}
-        self.modes = [DEFAULT, AUTOTUNE] if arguments.autotune else [DEFAULT]
+        self.modes = [*arguments.modes, AUTOTUNE] if arguments.autotune else list(arguments.modes)
 
     def wanted(self, name: str) -> bool:
         return not self.arguments.only or any(part in name for part in self.arguments.only)
@@ -112,9 +112,12 @@ class Configurations:
         self.check_identity(plain[DEFAULT].outputs)
         for mode in self.modes:
             for name, row in self.rows.items():
-                label = f"smoothcache {name}" + (f" {mode}" if mode != DEFAULT else "")
-                if self.wanted(label):
-                    self.add_ours(label, mode, row, references.get(name))
+                for order in self.arguments.orders:
+                    label = f"smoothcache {name}" + (f" order {order}" if order else "")
+                    label += f" {mode}" if mode != DEFAULT else ""
+                    if self.wanted(label):
+                        # The paper's package repeats; it has nothing to compare a forecast with.
+                        self.add_ours(label, mode, row, None if order else references.get(name), order)
         for name in PEERS:
             if self.wanted(name):
                 self.add_peer(name)
@@ -122,8 +125,9 @@ class Configurations:
     def compiled(self, model: nn.Module, mode: str) -> Any:
         return compiled(model.forward, self.arguments.backend, None if mode == DEFAULT else mode)
 
-    def ours(self, row: Sequence[int], mode: str) -> Peer:
-        return ours(twin(self.model), schedule_of(row), self.arguments.backend, None if mode == DEFAULT else mode)
+    def ours(self, row: Sequence[int], mode: str, order: int = 0) -> Peer:
+        schedule = schedule_of(row, order)
+        return ours(twin(self.model), schedule, self.arguments.backend, None if mode == DEFAULT else mode)
 
     def references(self) -> dict[str, Tensor]:
         """What the paper's package predicts with each schedule; empty where it is not installed."""
@@ -162,8 +166,8 @@ class Configurations:
         what = "smoothcache with everything computed, and torch.compile"
         self.checks["identity_to_compile"] = require_same(what, outputs, plain, self.limit)
 
-    def add_ours(self, name: str, mode: str, row: Sequence[int], reference: Tensor | None) -> None:
-        entry = self.add(name, OURS, mode, lambda: self.ours(row, mode))
+    def add_ours(self, name: str, mode: str, row: Sequence[int], reference: Tensor | None, order: int) -> None:
+        entry = self.add(name, OURS, mode, lambda: self.ours(row, mode, order))
         entry.cached = [not computed for computed in row]
         entry.peer.setting = f"{sum(row)} of {len(row)} steps"
         if reference is not None:

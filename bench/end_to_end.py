@@ -28,6 +28,7 @@ from common import write_result
 from configurations import Configurations, rows_for
 from ddim import Sampler, build_dit
 from end_to_end_tables import picture, table
+from entries import DEFAULT
 from torch import nn
 from torch._inductor.utils import fresh_cache
 
@@ -69,6 +70,11 @@ def arguments_of() -> argparse.Namespace:
         "--autotune", action=argparse.BooleanOptionalAction, help="max-autotune, too (default: on CUDA)"
     )
     parser.add_argument(
+        "--modes", nargs="+", default=[DEFAULT], metavar="MODE", help="of torch.compile, each with a plain model beside"
+    )
+    parser.add_argument("--orders", type=int, nargs="+", default=[0], help="of smoothcache's forecasts (default: 0)")
+    parser.add_argument("--name", help="end of the result's name, where several are kept")
+    parser.add_argument(
         "--cold",
         action="store_true",
         help="compile each with an empty cache on disk; else they find what earlier ones of this run have left there",
@@ -88,6 +94,8 @@ def arguments_of() -> argparse.Namespace:
         arguments.autotune = on_cuda and arguments.backend == "inductor"
     if arguments.autotune and arguments.backend != "inductor":
         parser.error(f"max-autotune is a mode of inductor, and the backend is {arguments.backend}: give --no-autotune")
+    if DEFAULT not in arguments.modes:
+        parser.error(f"--modes {' '.join(arguments.modes)} leaves {DEFAULT} out, which all speed-ups are over: add it")
     return arguments
 
 
@@ -124,6 +132,8 @@ def main() -> None:
         name = f"end_to_end_{arguments.device}"
         if arguments.dtype != ("bfloat16" if arguments.device == "cuda" else "float32"):
             name += f"_{arguments.dtype}"
+        if arguments.name:
+            name += f"_{arguments.name}"
         path = write_result(
             name,
             {

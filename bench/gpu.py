@@ -1,75 +1,249 @@
-"""Everything that needs a GPU, in one go: ``python bench/gpu.py``.
+"""Everything that needs a GPU, in six minutes: ``python bench/gpu.py``.
 
-The kernels' tests on CUDA and under ``compute-sanitizer``, CUDA graphs, and all benches with ``--write``. Each step has
-a time limit of its own, 20 minutes together; what fails or runs out of time is named at the end.
+The kernels' tests on CUDA and under ``compute-sanitizer``, CUDA graphs, and all benches with ``--write``. Parts compile
+and test side by side, as far as their memory allows, and time in turns (``turns.py``). What is not ready when the gate
+opens is no longer waited for, and what still runs at the end is killed: all logs and results so far are packed into one
+file, and the summary names what failed, what is missing, and which targets were met.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from common import RESULTS
+from turns import FOLDER, NAME, preparing
 
 ROOT = Path(__file__).parents[1]
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-x")
-KERNELS = (
-    "residual_store",
-    "residual_load",
-    "residual_accumulate",
-    "residual_forecast",
-    "residual_norm",
-    "relative_l1",
-)
-XL = ("--depth", "28", "--width", "1152")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
+#: All of it, and the time from which on nothing is waited for, in seconds.
+SECONDS, GATE = 360, 210
+#: Memory that parts may hold at once, in GiB; an H100 has 78.
+MEMORY = 70
+DIT = ("diffusers",)
+PEERS = ("diffusers", "SmoothCache", "cache_dit")
+#: Most that a cached call may take of a full one, by result file, images, and configuration.
+TARGETS = {
+    ("end_to_end_cuda_32", "32", "smoothcache alpha 0.18"): 0.035,
+    ("end_to_end_cuda_32", "32", "smoothcache alpha 0.18 order 1"): 0.06,
+    ("end_to_end_cuda_1", "1", "smoothcache alpha 0.18 reduce-overhead"): 0.10,
+    ("flux_cuda", "1", "smoothcache"): 0.024,
+}
+EFFICIENCY = 0.97
 
 
-def steps() -> list[tuple[str, list[str], int]]:
-    """Name, command and limit in seconds of each step, the most wanted first."""
-    found = [("kernel tests", [*PYTEST, "tests/kernels", "-k", "not interpreter and not ahead_of_time"], 110)]
-    found += [(f"kernel {name}", [f"bench/kernels/{name}.py", "--write"], 35) for name in KERNELS]
-    found.append(("cuda graphs", [*PYTEST, "tests/test_cuda_graphs.py", "-m", "gpu"], 90))
-    found.append(("end to end", ["bench/end_to_end.py", "--images", "32", "--no-autotune", "--write"], 360))
-    found.append(("efficiency", ["bench/efficiency.py", *XL, "--batch", "64", "--write"], 90))
-    tf32 = ["--images", "32", "--no-autotune", "--dtype", "tf32", "--only", "smoothcache alpha", "--write"]
-    found.append(("tf32", ["bench/end_to_end.py", *tf32], 100))
-    found.append(("host time", ["bench/host_time.py", "--write"], 40))
-    found.append(("compile time", ["bench/compile_time.py", *XL, "--rounds", "1", "--write"], 120))
+@dataclass
+class Part:
+    """One command.
+
+    Attributes:
+        gib: the most GPU memory that it holds, in GiB.
+        needs: packages that must be installed.
+        environment: variables beside the usual ones.
+    """
+
+    name: str
+    command: Sequence[str]
+    gib: float
+    needs: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[str]:
+        return [package for package in self.needs if importlib.util.find_spec(package) is None]
+
+
+def parts() -> list[Part]:
+    """What there is to run, in the order of starting: first what takes longest to be ready."""
+    ours = ["--no-autotune", "--only", "smoothcache alpha 0.18", "--write"]
+    both = ["--modes", "default", "reduce-overhead"]
+    found = [
+        _bench("flux", ["flux.py", "--write"], 34, DIT),
+        _bench(
+            "end to end 32",
+            ["end_to_end.py", "--images", "32", *both, "--orders", "0", "1", "--name", "32", *ours],
+            16,
+            DIT,
+        ),
+        _bench(
+            "end to end 1",
+            ["end_to_end.py", "--images", "1", *both, "--orders", "0", "1", "--name", "1", *ours],
+            6,
+            DIT,
+        ),
+        _bench("tf32", ["end_to_end.py", "--images", "32", "--dtype", "tf32", "--rounds", "2", *ours], 12, DIT),
+        _bench(
+            "peers",
+            ["end_to_end.py", "--images", "32", "--rounds", "2", "--no-autotune", "--name", "peers", "--write"]
+            + ["--only", "dit-smoothcache", "TaylorSeer", "MagCache", "cache-dit", "FirstBlock"],
+            16,
+            PEERS,
+        ),
+        _bench("host time", ["host_time.py", "--write"], 2),
+    ]
+    kernels = sorted(path.stem for path in (ROOT / "bench/kernels").glob("*.py") if path.stem != "common")
+    found += [_bench(f"kernel {name}", [f"kernels/{name}.py", "--write"], 10) for name in kernels]
+    found.append(Part("kernel tests", [*PYTEST, "tests/kernels", "-k", "not interpreter and not ahead_of_time"], 3))
+    found.append(Part("cuda graphs", [*PYTEST, "tests/test_cuda_graphs.py", "-m", "gpu"], 3))
     if sanitizer := shutil.which("compute-sanitizer"):
-        tests = [f"tests/kernels/test_{name}.py" for name in ("residual_store", "residual_accumulate")]
-        found.append(("compute-sanitizer", [sanitizer, "--error-exitcode", "9", *PYTEST, *tests], 80))
-    return [(name, [sys.executable, *cmd] if cmd[0].endswith(".py") else cmd, limit) for name, cmd, limit in found]
+        tests = [
+            f"tests/kernels/test_{name}.py" for name in ("residual_store", "residual_accumulate", "grouped_linear")
+        ]
+        # It refuses memory that grows in place.
+        plain = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}
+        command = [sanitizer, "--error-exitcode", "9", *PYTEST, *tests, "-k", "not any_shape and not inductor"]
+        found.append(Part("compute-sanitizer", command, 4, environment=plain))
+    return found
+
+
+def _bench(name: str, script: Sequence[str], gib: float, needs: tuple[str, ...] = ()) -> Part:
+    return Part(name, [sys.executable, f"bench/{script[0]}", *script[1:]], gib, needs)
+
+
+class Run:
+    """Parts under way: what waits for memory, what runs, and how the others ended."""
+
+    def __init__(self, chosen: Sequence[Part], folder: Path, environment: Mapping[str, str]) -> None:
+        self.waiting = [part for part in chosen if not part.missing]
+        self.ended = {part.name: f"not run: {', '.join(part.missing)} is missing" for part in chosen if part.missing}
+        self.running: dict[str, tuple[Part, subprocess.Popen[bytes]]] = {}
+        self.folder = folder
+        self.environment = environment
+        self.began = time.monotonic()
+        #: The most memory that was spoken for at once, in GiB.
+        self.peak = 0.0
+
+    def wait(self, seconds: float, gate: float, memory: float) -> None:
+        while (self.waiting or self.running) and (now := time.monotonic() - self.began) < seconds:
+            if now > gate:
+                (self.folder / "go").touch()
+            self._start(memory)
+            self._reap()
+            time.sleep(0.05)
+        for part, process in self.running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            self.ended[part.name] = "killed: out of time"
+        self.ended |= {part.name: "not run: out of time" for part in self.waiting}
+
+    def _start(self, memory: float) -> None:
+        for part in list(self.waiting):
+            held = sum(other.gib for other, _ in self.running.values())
+            # What is larger than all there is runs alone.
+            if held + part.gib > memory and self.running:
+                continue
+            self.waiting.remove(part)
+            preparing(self.folder, part.name).touch()
+            environment = {**self.environment, FOLDER: str(self.folder), NAME: part.name, **part.environment}
+            with open(self.folder / f"{part.name.replace(' ', '-')}.log", "wb") as log:
+                process = subprocess.Popen(
+                    part.command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
+            self.running[part.name] = part, process
+            self.peak = max(self.peak, held + part.gib)
+
+    def _reap(self) -> None:
+        for name, (_, process) in list(self.running.items()):
+            if process.poll() is not None:
+                del self.running[name]
+                preparing(self.folder, name).unlink(missing_ok=True)
+                status = "passed" if process.returncode == 0 else f"failed, exit status {process.returncode}"
+                self.ended[name] = status
+                print(f"[{time.monotonic() - self.began:5.0f} s] {name}: {status}", flush=True)
+
+
+def pack(path: Path, folder: Path, since: float) -> list[Path]:
+    """One file with all logs, and the results that were written since; returns these."""
+    written = [result for result in sorted(RESULTS.glob("*_cuda*.json")) if result.stat().st_mtime >= since]
+    with tarfile.open(path, "w:gz") as archive:
+        for log in sorted(folder.glob("*.log")):
+            archive.add(log, f"logs/{log.name}")
+        for result in written:
+            archive.add(result, f"results/{result.name}")
+    return written
+
+
+def judged(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each target: met, missed, or not measured."""
+    lines = []
+    for (name, images, configuration), most in TARGETS.items():
+        row = results.get(name, {}).get("results", {}).get(images, {}).get(configuration, {})
+        share, efficiency = row.get("cached_step_share"), row.get("efficiency_in_same_mode")
+        label = f"{name}, {configuration}"
+        if share is None or efficiency is None:
+            lines.append(f"{label}: not measured")
+            continue
+        for what, met in (
+            (f"cached call {share:.1%} of a full one, at most {most:.1%}", share <= most),
+            (f"efficiency {efficiency:.3f}, at least {EFFICIENCY}", efficiency >= EFFICIENCY),
+        ):
+            lines.append(f"{label}: {what}: {'met' if met else 'MISSED'}")
+    return lines
+
+
+def unpacked(wheels: Path, into: Path) -> str:
+    """A folder of packages to import from: ``wheels`` itself and whatever wheels are in it, unpacked."""
+    for wheel in wheels.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(into)
+    return os.pathsep.join(map(str, (into, wheels.resolve())))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], help="steps whose names begin with one of these")
-    parser.add_argument("--list", action="store_true", help="print the steps and their limits, and stop")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="PART", help="parts whose names begin with one of these"
+    )
+    parser.add_argument("--list", action="store_true", help="print the parts and stop")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it (default: {SECONDS})")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results.tar.gz"), help="the file to pack into")
+    parser.add_argument("--wheels", type=Path, help="a folder with packages or wheels, where there is no network")
     arguments = parser.parse_args()
-    chosen = [s for s in steps() if not arguments.only or s[0].startswith(tuple(arguments.only))]
+    scratch = Path(tempfile.mkdtemp())
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "4"}
+    # One cache for all: twins of a model share their kernels.
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
+    if arguments.wheels:
+        packages = unpacked(arguments.wheels, scratch / "packages")
+        sys.path[:0] = packages.split(os.pathsep)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (packages, environment.get("PYTHONPATH"))))
+    chosen = [part for part in parts() if not arguments.only or part.name.startswith(tuple(arguments.only))]
     if arguments.list:
-        for name, command, limit in chosen:
-            print(f"{limit:4d} s  {name}: {' '.join(command)}")
+        for part in chosen:
+            lacks = f"  (missing: {', '.join(part.missing)})" if part.missing else ""
+            print(f"{part.gib:3.0f} GiB  {part.name}: {' '.join(part.command)}{lacks}")
         return
     if not torch.cuda.is_available():
         sys.exit("no CUDA device: these figures are of a GPU or of nothing")
-    failed = []
-    for name, command, limit in chosen:
-        start = time.perf_counter()
-        print(f"== {name}", flush=True)
-        try:
-            status = subprocess.run(command, cwd=ROOT, timeout=limit, check=False).returncode
-        except subprocess.TimeoutExpired:
-            status = f"out of time, {limit} s"
-        print(f"== {name}: {time.perf_counter() - start:.0f} s, {status or 'passed'}", flush=True)
-        if status:
-            failed.append(f"{name} ({status})")
+    since = time.time()
+    logs = scratch / "turns"
+    logs.mkdir()
+    run = Run(chosen, logs, environment)
+    run.wait(arguments.seconds, min(GATE, 0.6 * arguments.seconds), MEMORY)
+    written = pack(arguments.out, logs, since)
+    print(f"\n{len(written)} results and all logs are in {arguments.out}")
+    for line in judged({path.stem: json.loads(path.read_text()) for path in written}):
+        print(line)
+    failed = [f"{name} ({status})" for name, status in run.ended.items() if status != "passed"]
     if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+        sys.exit(f"not passed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

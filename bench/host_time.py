@@ -19,6 +19,7 @@ from common import summary, write_result
 from efficiency import build
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from turns import turn
 
 import smoothcache_fx as smoothcache
 
@@ -89,10 +90,11 @@ def main() -> None:
 
     host: dict[str, list[float]] = {name: [] for name in models}
     turns = 10
-    for _ in range(turns):
-        for name, model in models.items():
-            calls = [functools.partial(model, latents, timestep, labels) for timestep in timesteps]
-            host[name] += host_seconds(calls, arguments.rounds // turns)
+    with turn():
+        for _ in range(turns):
+            for name, model in models.items():
+                calls = [functools.partial(model, latents, timestep, labels) for timestep in timesteps]
+                host[name] += host_seconds(calls, arguments.rounds // turns)
     microseconds = {name: {key: 1e6 * value for key, value in summary(found).items()} for name, found in host.items()}
     for name, found in microseconds.items():
         print(f"{name:14s} {found['median']:.0f} us a call on the host  ({found['p20']:.0f} to {found['p80']:.0f})")

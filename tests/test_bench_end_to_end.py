@@ -63,7 +63,9 @@ def small(bench):
     """A bench of its own, with nothing compiled yet."""
     ddim = importlib.import_module("ddim")
     model = ddim.build_dit(layers=2, heads=2, head_dim=16, size=8)
-    arguments = argparse.Namespace(backend="eager", autotune=False, only=None, rounds=1, cold=False)
+    arguments = argparse.Namespace(
+        backend="eager", autotune=False, only=None, rounds=1, cold=False, modes=["default"], orders=[0]
+    )
     return bench.Configurations(model, ddim.Sampler(1, 12, 8, "cpu", torch.float32), arguments)
 
 

@@ -88,7 +88,8 @@ def test_a_cache_that_is_not_written_is_found(common):
 def test_figures(op, common, monkeypatch, tmp_path, capsys):
     """All of it but the clock: with known times, the shares and what is written."""
     times = iter([100e-6, 400e-6, 200e-6, 90e-6] * len(common.SMALL))
-    outer = common._outer_common()
+    beside = common._beside
+    outer = beside("common")
 
     def build(shape, dtype, device):
         case = bench(op).build(shape, dtype, "cpu")
@@ -98,7 +99,7 @@ def test_figures(op, common, monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(outer, "RESULTS", tmp_path)
     monkeypatch.setattr(outer, "machine", dict)
-    monkeypatch.setattr(common, "_outer_common", lambda: outer)
+    monkeypatch.setattr(common, "_beside", lambda name: outer if name == "common" else beside(name))
     monkeypatch.setattr(common, "SHAPES", common.SMALL)
     monkeypatch.setattr(common, "time_on_gpu", lambda run: dict.fromkeys(("median", "p20", "p80"), next(times)))
     monkeypatch.setattr(
