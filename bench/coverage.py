@@ -5,7 +5,8 @@ trajectory with a fixed schedule (``tests/zoo/case.py``), each in a process of i
 are compared with those of an eager cache on the modules that a reader of the class would name, and the sites with
 that list. Classes that the zoo does not know yet are built and called by guess.
 
-Writes ``bench/results/coverage.json`` and ``coverage.md`` with ``--write``.
+Writes ``bench/results/coverage.json`` and ``coverage.md`` with ``--write``; for another torch than the newest that is
+tried, add ``--name torch_2.11``.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [
         f"# Coverage: {len(good)} of {len(ran)} transformer classes that could be built",
         "",
-        "Written by `python bench/coverage.py --write`. Sites by kind, as found / as listed by a reader of the class;",
+        f"Written by `python bench/coverage.py --write` with torch {torch.__version__.partition('+')[0]}.",
+        "Sites by kind, as found / as listed by a reader of the class;",
         "FLOPs inside sites over those of the blocks and of the whole (small) model; captured graphs (1: no graph",
         "break); MAC ratio of a fixed schedule of 7 steps; the largest difference to an eager cache along the",
         "trajectory (float32), and the largest that caching makes.",
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one class")
     parser.add_argument("--write", action="store_true", help="write bench/results/coverage.json and coverage.md")
+    parser.add_argument("--name", help="end of the results' names, where several are kept")
     parser.add_argument("--one", metavar="CLASS", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -136,8 +139,9 @@ def main() -> None:
     text = table(results)
     print(text)
     if arguments.write:
-        write_result("coverage", {"minutes": (time.perf_counter() - start) / 60, "classes": results})
-        (RESULTS / "coverage.md").write_text(text)
+        name = "coverage" + (f"_{arguments.name}" if arguments.name else "")
+        write_result(name, {"minutes": (time.perf_counter() - start) / 60, "classes": results})
+        (RESULTS / f"{name}.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -190,6 +190,8 @@ class Session:
         self.broken = False
         #: Modules that stand as one op in the graph, by name, since it would break inside of them.
         self.whole: tuple[str, ...] = ()
+        #: FLOPs of an eager call by list of blocks, where the graph broke (``eager_work.py``).
+        self.eager_flops: Counter[str] | None = None
         # Dynamo keeps what it compiled, and so the session, in the globals of the model's own code, even when the model
         # is gone: the session must not keep the model.
         self._root = None if root is None else weakref.ref(root)
@@ -260,9 +262,16 @@ def flops_in_sites(session: Session) -> int:
 
 
 def share_outside(session: Session) -> float:
-    """The share of FLOPs that is work of blocks in no site, in lists of blocks that have sites."""
+    """The share of FLOPs that is work of blocks in no site, in lists of blocks that have sites, or in all if none has.
+
+    It is that of an eager call where one was counted, since what Dynamo leaves to Python is in no graph.
+    """
     programs = session.programs
     containers = {container_of(site.name) for p in programs for binding in p.bindings for site in binding.sites}
+    if session.eager_flops:
+        counted = session.eager_flops
+        blocks = sum(flops for name, flops in counted.items() if name in containers or not containers)
+        return max(0, blocks - flops_in_sites(session)) / max(1, counted.total())
     outside = sum(program.flops_outside(containers) for program in programs)
     whole = sum(program.builder.flops * len(program.bindings) for program in programs)
     return outside / max(1, whole)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from . import _torch
 from .backend import Session, breaks_of, flops_in_sites, share_outside
+from .eager_work import flops_by_container
 from .whole import WholeModules, record
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class Traced:
             inputs = None
         output = self._call(*args, **kwargs)
         self._tried = True
+        if inputs is not None and breaks_of(self.session):
+            self.session.eager_flops = self._eager_flops(inputs)
         if inputs is not None and self._loses_work():
             stacks = [program.frame.break_stack for program in self.session.programs]
             self._try(self._compile(data_dependent_sizes=True), inputs)
@@ -58,6 +62,19 @@ class Traced:
 
     def _loses_work(self) -> bool:
         return bool(breaks_of(self.session)) and share_outside(self.session) >= WORTH_A_TRY
+
+    def _eager_flops(self, inputs: tuple[Any, Any]) -> Counter[str] | None:
+        """What the call costs uncompiled, by list of blocks."""
+        root = self.session.root
+        if root is None:
+            return None
+        args, kwargs = copy.deepcopy(inputs)
+        try:
+            with torch.random.fork_rng():
+                return flops_by_container(root, lambda: self._forward(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001 - what PyTorch's FLOP counter cannot run
+            log.info("the FLOPs of an eager call cannot be counted: %s", error)
+            return None
 
     def _whole_modules(self, stacks: list[list[tuple[str, int]]], inputs: tuple[Any, Any]) -> WholeModules | None:
         """What broke the graph and can be kept whole."""

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _torch
+from .eager_work import flop_counter
 from .errors import CompiledError
-from .passes.flops import SDPA_WITHOUT_FORMULA
 
 aten = torch.ops.aten
 
@@ -127,10 +127,6 @@ def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
-def _sdpa_flops(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
 def _alike(output: Any, first: Tensor) -> bool:
     if not isinstance(output, Tensor):
         return False
@@ -235,7 +231,7 @@ def _recorder(name: str, module: nn.Module, recorded: dict[str, WholeModule | No
             recorded[name] = None
             return forward(*args, **kwargs)
         before = [value.clone() for value in inputs]
-        counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(SDPA_WITHOUT_FORMULA, _sdpa_flops))
+        counter = flop_counter()
         with counter, _SeesAttention(module) as sees:
             output = forward(*args, **kwargs)
         if not _alike(output, inputs[0]) or not all(map(torch.equal, inputs, before)):
