@@ -42,7 +42,10 @@ class TimestepReader:
         if isinstance(value, torch.Tensor):
             if value.numel() == 0 or value.is_complex() or not (wait or value.device.type == "cpu"):
                 return None
-            return float(value.detach().reshape(-1)[0])
+            # Each op on a tensor costs a step more than all else that the clock does.
+            while value.dim():
+                value = value[0]
+            return float(value)
         return float(value) if isinstance(value, (int, float)) else None
 
 

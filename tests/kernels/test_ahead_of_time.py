@@ -159,7 +159,7 @@ def test_samples_have_64_bit_bases(op):
 @pytest.mark.parametrize("dtype", [BFLOAT16, HALF, FLOAT], ids=str)
 def test_relative_l1_reads_everything_once(dtype, lags):
     kernel = module("relative_l1")
-    recorder = record(kernel, "relative_l1_kernel", lambda: kernel._launch(meta(DIT, dtype), [meta(DIT, dtype)] * lags))
+    recorder = record_l1("relative_l1_kernel", lambda: kernel._launch(meta(DIT, dtype), [meta(DIT, dtype)] * lags))
     for capability in CAPABILITIES:
         artefact = compile_launch(recorder, capability)
         loads = [bits for kind, bits in artefact.accesses if kind == "ld"]
@@ -171,7 +171,7 @@ def test_relative_l1_reads_everything_once(dtype, lags):
 def test_relative_l1_has_64_bit_indices_past_2_to_the_31():
     kernel = module("relative_l1")
     x, apart = meta((2**31 // 5120 + 1, 5120), BFLOAT16), meta((2**31 // 5120 + 1, 5376), BFLOAT16)[:, :5120]
-    recorder = record(kernel, "relative_l1_kernel", lambda: kernel._launch(x, [apart]))
+    recorder = record_l1("relative_l1_kernel", lambda: kernel._launch(x, [apart]))
     artefact = compile_launch(recorder, 90)
     assert "tensor<2048xi64>" in re.search(r"arith.remsi .*tensor.*", artefact.ttir).group()
     assert {bits for kind, bits in artefact.accesses if kind == "ld"} == {128}
@@ -193,6 +193,24 @@ def test_residual_norm_reads_its_row_once(width, dtype, capability):
     moved = [sum(bits for kind, bits in artefact.accesses if kind == which) for which in ("ld", "st")]
     assert moved == [7 * per_thread, 3 * per_thread]
     assert artefact.spilled_bytes() == (0, 0)
+
+
+def record_l1(name: str, run: Callable[[], object]) -> Recorder:
+    """One of the two launches; the other is not run."""
+    kernel, names = module("relative_l1"), {"relative_l1_kernel", "relative_l1_finish_kernel"}
+    (other,) = names - {name}
+    recorder = Recorder(None)
+    record(kernel, other, lambda: recorder.launches.extend(record(kernel, name, run).launches))
+    return Recorder(getattr(kernel, name), recorder.launches)
+
+
+def test_the_sums_of_relative_l1_are_added_up_in_float64():
+    x = meta((64, 256, 1152), BFLOAT16)
+    recorder = record_l1("relative_l1_finish_kernel", lambda: module("relative_l1")._launch(x, [x] * 3))
+    (launch,) = recorder.launches
+    assert launch.grid == (4,)
+    artefact = compile_launch(recorder, 90)
+    assert "add.rn.f64" in artefact.ptx and [kind for kind, _ in artefact.accesses].count("st") == 1
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
