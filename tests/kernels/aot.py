@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,12 +59,16 @@ class Recorder:
 
 
 def record(module: ModuleType, kernel: str, run: Callable[[], object]) -> Recorder:
-    """The launches of ``module``'s kernel of this name while ``run`` runs."""
-    recorder = Recorder(getattr(module, kernel))
+    """The launches of ``module``'s kernel of this name while ``run`` runs. No other launch of the module is made."""
+    recorders = {name: Recorder(getattr(module, name)) for name in dir(module) if name.endswith("_kernel")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, kernel, recorder)
+        for name, recorder in recorders.items():
+            patch.setattr(module, name, recorder)
+        if hasattr(module, "address_table"):
+            empty = partial(torch.empty, dtype=torch.int64)
+            patch.setattr(module, "address_table", lambda tensors, device: empty(len(tensors), device=device))
         run()
-    return recorder
+    return recorders[kernel]
 
 
 @dataclass(frozen=True)

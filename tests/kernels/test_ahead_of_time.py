@@ -159,7 +159,7 @@ def test_samples_have_64_bit_bases(op):
 @pytest.mark.parametrize("dtype", [BFLOAT16, HALF, FLOAT], ids=str)
 def test_relative_l1_reads_everything_once(dtype, lags):
     kernel = module("relative_l1")
-    recorder = record_l1("relative_l1_kernel", lambda: kernel._launch(meta(DIT, dtype), [meta(DIT, dtype)] * lags))
+    recorder = record(kernel, "relative_l1_kernel", lambda: kernel._launch(meta(DIT, dtype), [meta(DIT, dtype)] * lags))
     for capability in CAPABILITIES:
         artefact = compile_launch(recorder, capability)
         loads = [bits for kind, bits in artefact.accesses if kind == "ld"]
@@ -171,7 +171,7 @@ def test_relative_l1_reads_everything_once(dtype, lags):
 def test_relative_l1_has_64_bit_indices_past_2_to_the_31():
     kernel = module("relative_l1")
     x, apart = meta((2**31 // 5120 + 1, 5120), BFLOAT16), meta((2**31 // 5120 + 1, 5376), BFLOAT16)[:, :5120]
-    recorder = record_l1("relative_l1_kernel", lambda: kernel._launch(x, [apart]))
+    recorder = record(kernel, "relative_l1_kernel", lambda: kernel._launch(x, [apart]))
     artefact = compile_launch(recorder, 90)
     assert "tensor<2048xi64>" in re.search(r"arith.remsi .*tensor.*", artefact.ttir).group()
     assert {bits for kind, bits in artefact.accesses if kind == "ld"} == {128}
@@ -195,18 +195,10 @@ def test_residual_norm_reads_its_row_once(width, dtype, capability):
     assert artefact.spilled_bytes() == (0, 0)
 
 
-def record_l1(name: str, run: Callable[[], object]) -> Recorder:
-    """One of the two launches; the other is not run."""
-    kernel, names = module("relative_l1"), {"relative_l1_kernel", "relative_l1_finish_kernel"}
-    (other,) = names - {name}
-    recorder = Recorder(None)
-    record(kernel, other, lambda: recorder.launches.extend(record(kernel, name, run).launches))
-    return Recorder(getattr(kernel, name), recorder.launches)
-
-
 def test_the_sums_of_relative_l1_are_added_up_in_float64():
     x = meta((64, 256, 1152), BFLOAT16)
-    recorder = record_l1("relative_l1_finish_kernel", lambda: module("relative_l1")._launch(x, [x] * 3))
+    kernel = module("relative_l1")
+    recorder = record(kernel, "relative_l1_finish_kernel", lambda: kernel._launch(x, [x] * 3))
     (launch,) = recorder.launches
     assert launch.grid == (4,)
     artefact = compile_launch(recorder, 90)
@@ -216,10 +208,9 @@ def test_the_sums_of_relative_l1_are_added_up_in_float64():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("width", [1152, 5120])
-def test_a_long_run_is_one_loop(width, order, capability, monkeypatch):
+def test_a_long_run_is_one_loop(width, order, capability):
     """Stream and output move 128 bits at a time, and so do the values, which are copied ahead of their use."""
     kernel = module("residual_accumulate")
-    monkeypatch.setattr(kernel, "address_table", lambda tensors, device: meta((len(tensors),), torch.int64))
     x, gate = meta((2, 256, width), BFLOAT16), meta((2, 1, width), BFLOAT16)
     weights = [meta((order + 1,), FLOAT)] * 56 if order else None
     terms = terms_of([gate] * 56, [x] * 56 * (order + 1), weights)
@@ -238,7 +229,8 @@ def test_a_long_run_is_one_loop(width, order, capability, monkeypatch):
 def test_a_table_of_addresses_of_any_alignment():
     kernel = module("_addresses")
     tensors = [meta((3,), BFLOAT16), None, meta((2,), FLOAT)]
-    recorder = record(kernel, "address_table_kernel", lambda: kernel.address_table(tensors, torch.device("meta")))
+    run = partial(kernel.address_table, tensors, torch.device("meta"))
+    recorder = record(kernel, "address_table_kernel", run)
     artefact = compile_launch(recorder, 90)
     assert [kind for kind, _ in artefact.accesses] == ["st"] * 3
 
@@ -246,9 +238,8 @@ def test_a_table_of_addresses_of_any_alignment():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("rows", [2, 64])
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT], ids=str)
-def test_grouped_linears_copy_weights_ahead_128_bits_at_a_time(dtype, rows, capability, monkeypatch):
+def test_grouped_linears_copy_weights_ahead_128_bits_at_a_time(dtype, rows, capability):
     kernel = module("grouped_linear")
-    monkeypatch.setattr(kernel, "address_table", lambda tensors, device: meta((len(tensors),), torch.int64))
     x, weight, bias = meta((rows, 1152), dtype), meta((1152, 1152), dtype), meta((1152,), dtype)
     run = partial(kernel._launch, [x] * 28, [weight] * 28, [bias] * 28)
     artefact = compile_launch(record(kernel, "grouped_linear_kernel", run), capability)
