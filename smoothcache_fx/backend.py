@@ -82,16 +82,22 @@ class Program:
         self._weights_among = picker(frame.weights)
         self._weight_names: list[dict[int, str]] = []
         self._places: dict[tuple[int, ...], _Place] = {}
+        self._last_key: tuple[int, ...] | None = None
+        self._last_place: _Place | None = None
 
     def bind(self, inputs: Sequence[Any]) -> Binding:
         """The binding for the frame's inputs: the weights say at which module, the count says which call of it."""
         weights = self._weights_among(inputs)
         key = tuple(map(id, weights))
-        place = self._places.get(key)
-        if place is None:
-            place = self._places[key] = _Place()
-            leave = functools.partial(_leave, weakref.ref(self), key)
-            place.weights = [weakref.ref(weight, leave) for weight in weights]
+        if key == self._last_key:  # to compare hundreds of numbers is faster than to hash them
+            place = self._last_place
+        else:
+            place = self._places.get(key)
+            if place is None:
+                place = self._places[key] = _Place()
+                leave = functools.partial(_leave, weakref.ref(self), key)
+                place.weights = [weakref.ref(weight, leave) for weight in weights]
+            self._last_key, self._last_place = key, place
         serial = self.session.clock.serial
         self.session.broken |= self.session.ran_at == serial
         self.session.ran_at = serial
@@ -117,6 +123,7 @@ class Program:
     def leave(self, key: tuple[int, ...]) -> None:
         """Free the caches of a place that has lost a weight: another one may have its identity next."""
         place = self._places.pop(key, None)
+        self._last_key = self._last_place = None
         for binding in () if place is None else place.bindings:
             binding.streams.clear()
 
@@ -125,6 +132,7 @@ class Program:
         self.bindings.clear()
         self._weight_names.clear()
         self._places.clear()
+        self._last_key = self._last_place = None
         self.dispatcher.close()
 
     def _new_binding(self, inputs: Sequence[Any], call: int) -> Binding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
 import time
@@ -59,11 +60,26 @@ class Mask:
         return self._hash
 
 
+#: Runs of neighbouring positions that are taken as slices, rather than item by item.
+MOST_SLICES = 8
+
+
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """What takes the items at these positions, in C where there are many: models have hundreds of weights."""
-    if len(positions) > 1:
-        return operator.itemgetter(*positions)
-    return lambda items: tuple([items[i] for i in positions])
+    if len(positions) < 2:
+        return lambda items: tuple([items[i] for i in positions])
+    slices: list[slice] = []
+    for position in positions:
+        if slices and slices[-1].stop == position:
+            slices[-1] = slice(slices[-1].start, position + 1)
+        else:
+            slices.append(slice(position, position + 1))
+    if len(slices) == 1:
+        (whole,) = slices
+        return lambda items: tuple(items[whole])
+    if len(slices) <= min(MOST_SLICES, len(positions) // 4):
+        return lambda items: tuple(itertools.chain.from_iterable([items[part] for part in slices]))
+    return operator.itemgetter(*positions)
 
 
 class Variant:
