@@ -11,8 +11,6 @@ After::
     a = residual_store(x, gate_0, attn, cache_0)
     c = residual_accumulate(a, [gate_1, None], [cache_1, cache_2])
 
-A forecast (``passes/forecast.py``) that is gated and added becomes ``residual_forecast(x, gate, caches, weights)``.
-
 Reused branches that follow on each other in one stream are a run, forecasts (``passes/forecast.py``) among them, and
 become one op. A forecast that stands alone becomes ``residual_forecast(x, gate, caches, weights)``. Between two adds of
 a run the stream may be cast to another dtype and back, as where sums are in float32: the op keeps it in float32.
