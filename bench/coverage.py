@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, write_result
+from common import RESULTS, result_path, write_result
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -115,7 +115,7 @@ def _reason(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="CLASS", help="these classes alone")
+    parser.add_argument("--only", nargs="+", metavar="CLASS", help="these classes alone; the others' rows stay")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one class")
     parser.add_argument("--write", action="store_true", help="write bench/results/coverage.json and coverage.md")
@@ -136,10 +136,15 @@ def main() -> None:
         done = pool.map(lambda name: run_apart(name, arguments.limit), run)
         results = list(tqdm(done, total=len(run), unit=" classes"))
     results += [{"name": name, "not_run": NOT_RUN[name]} for name in names if name in NOT_RUN]
+    name = "coverage" + (f"_{arguments.name}" if arguments.name else "")
+    if arguments.write and arguments.only:
+        # The other classes keep the rows that they have.
+        kept = json.loads(result_path(name).read_text())["classes"]
+        new = {result["name"]: result for result in results}
+        results = [new.pop(result["name"], result) for result in kept] + list(new.values())
     text = table(results)
     print(text)
     if arguments.write:
-        name = "coverage" + (f"_{arguments.name}" if arguments.name else "")
         write_result(name, {"minutes": (time.perf_counter() - start) / 60, "classes": results})
         (RESULTS / f"{name}.md").write_text(text)
 

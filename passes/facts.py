@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .flops import SDPA_WITHOUT_FORMULA
+from .flops import SDPA
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -101,7 +101,7 @@ def is_attention_op(node: Node) -> bool:
     if node.op != "call_function":
         return False
     op = packet(node)
-    if op in SDPA_WITHOUT_FORMULA:
+    if op in SDPA:
         return True
     # Custom kernels (flash-attn, sage, xformers) and flex_attention are known by what they are called.
     name = getattr(op, "__name__", str(op))

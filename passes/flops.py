@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
-# PyTorch's own registry counts these attention ops as zero.
-SDPA_WITHOUT_FORMULA = tuple(
+# Fused attention. PyTorch's own registry counts some of these as zero, and torch 2.11's formula for the others refuses
+# keys and values that have fewer heads than the queries.
+SDPA = tuple(
     getattr(aten, name)
     for name in (
         "scaled_dot_product_attention",
         "_scaled_dot_product_attention_math",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_fused_attention_overrideable",
     )
     if hasattr(aten, name)
 )
+
 #: Products that PyTorch's registry lacks: each element of the output is a dot product along the input's last dimension.
 #: A grouped product of experts has for each row one expert's weight, so that this holds for it, too.
 PRODUCTS_WITHOUT_FORMULA = tuple(
@@ -41,6 +47,15 @@ PRODUCTS_WITHOUT_FORMULA = tuple(
     )
     if hasattr(aten, name)
 )
+
+
+def sdpa_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
+    """FLOPs of attention between tensors of these shapes, ``[..., heads, tokens, width]``.
+
+    Each of the queries' heads meets one of the keys', however few the keys have.
+    """
+    *outer, queries, width = query
+    return 2 * math.prod(outer) * queries * key[-2] * (width + value[-1])
 
 
 def is_flex_attention(node: Node) -> bool:
@@ -106,9 +121,8 @@ def node_flops(node: Node, estimates: Mapping[Any, int]) -> int:
         return 0
     packet = getattr(node.target, "overloadpacket", node.target)
     shape_only = functools.partial(_shape_only, estimates=estimates)
-    if packet in SDPA_WITHOUT_FORMULA or is_flex_attention(node):
-        query, key, value = (shape_only(arg) for arg in node.args[:3])
-        return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    if packet in SDPA or is_flex_attention(node):
+        return sdpa_flops(*(shape_only(arg).shape for arg in node.args[:3]))
     if packet in PRODUCTS_WITHOUT_FORMULA:
         left, out = shape_only(node.args[0]), shape_only(node)
         return 2 * out.numel() * left.shape[-1]

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
-from .passes.flops import SDPA_WITHOUT_FORMULA
+from .passes.flops import SDPA, sdpa_flops
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, with the attention ops for which it has no formula."""
-    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(SDPA_WITHOUT_FORMULA, _sdpa_flops))
+    """PyTorch's counter, with our formula for fused attention."""
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(SDPA, _sdpa_flops))
 
 
 def flops_by_container(model: nn.Module, call: Callable[[], object]) -> Counter[str]:
@@ -55,4 +55,4 @@ def _count(block: nn.Module, container: str, counter: FlopCounterMode, counted: 
 
 
 def _sdpa_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return sdpa_flops(query, key, value)

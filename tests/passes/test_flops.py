@@ -89,3 +89,13 @@ def test_no_fused_attention_counts_nothing(name):
         key, value = (torch.empty(BATCH, HEADS, KEYS, WIDTH, device="cuda") for _ in range(2))
         graph = graph_of(getattr(aten, name).default, query, key, value, out=(query, query))
     assert count_flops(graph) == 2 * 2 * BATCH * HEADS * QUERIES * KEYS * WIDTH
+
+
+@pytest.mark.parametrize("name", ["_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"])
+def test_keys_with_fewer_heads(name):
+    """Every head of the queries meets one of the keys'."""
+    with FakeTensorMode():
+        query = torch.empty(BATCH, 2 * HEADS, QUERIES, WIDTH)
+        key, value = (torch.empty(BATCH, HEADS, KEYS, WIDTH) for _ in range(2))
+        graph = graph_of(getattr(aten, name).default, query, key, value, out=(query, query))
+    assert count_flops(graph) == 2 * 2 * BATCH * 2 * HEADS * QUERIES * KEYS * WIDTH
