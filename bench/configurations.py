@@ -166,7 +166,7 @@ class Configurations:
         what = "smoothcache with everything computed, and torch.compile"
         self.checks["identity_to_compile"] = require_same(what, outputs, plain, self.limit)
 
-    def add_ours(self, name: str, mode: str, row: Sequence[int], reference: Tensor | None, order: int) -> None:
+    def add_ours(self, name: str, mode: str, row: Sequence[int], reference: Tensor | None, order: int = 0) -> None:
         entry = self.add(name, OURS, mode, lambda: self.ours(row, mode, order))
         entry.cached = [not computed for computed in row]
         entry.peer.setting = f"{sum(row)} of {len(row)} steps"

@@ -200,6 +200,8 @@ class Session:
         self.whole: tuple[str, ...] = ()
         #: FLOPs of an eager call by list of blocks, where the graph broke (``eager_work.py``).
         self.eager_flops: Counter[str] | None = None
+        #: ``share_outside`` once the first call is over. Graphs of later sizes would count beside those of the first.
+        self.settled_share: float | None = None
         # Dynamo keeps what it compiled, and so the session, in the globals of the model's own code, even when the model
         # is gone: the session must not keep the model.
         self._root = None if root is None else weakref.ref(root)
@@ -274,11 +276,14 @@ def share_outside(session: Session) -> float:
 
     It is that of an eager call where one was counted, since what Dynamo leaves to Python is in no graph.
     """
+    if session.settled_share is not None:
+        return session.settled_share
     programs = session.programs
     containers = {container_of(site.name) for p in programs for binding in p.bindings for site in binding.sites}
     if session.eager_flops:
         counted = session.eager_flops
-        blocks = sum(flops for name, flops in counted.items() if name in containers or not containers)
+        everything = not containers or "" in containers
+        blocks = sum(flops for name, flops in counted.items() if everything or name in containers)
         return max(0, blocks - flops_in_sites(session)) / max(1, counted.total())
     outside = sum(program.flops_outside(containers) for program in programs)
     whole = sum(program.builder.flops * len(program.bindings) for program in programs)

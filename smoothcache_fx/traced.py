@@ -58,6 +58,8 @@ class Traced:
             self._try(self._compile(data_dependent_sizes=True), inputs)
             if self._loses_work() and (modules := self._whole_modules(stacks, inputs)):
                 self._try(_with(modules, self._compile()), inputs, modules.names)
+        if self.session.eager_flops:
+            self.session.settled_share = share_outside(self.session)
         return output
 
     def _loses_work(self) -> bool:

@@ -207,7 +207,7 @@ def test_a_difference_without_caching_is_noticed(small, bench, monkeypatch):
     plain = small.sampler.outputs(bench.Peer(small.model))
     small.check_identity(plain)
     make = bench.schedule_of
-    monkeypatch.setattr(bench, "schedule_of", lambda row: make([*row[:-2], 0, 1]))
+    monkeypatch.setattr(bench, "schedule_of", lambda row, order: make([*row[:-2], 0, 1], order))
     with pytest.raises(bench.VerificationError, match="everything computed"):
         small.check_identity(plain)
 

@@ -159,7 +159,9 @@ def test_a_followed_schedule_gives_the_compiled_models_trajectory(model, schedul
     )
     compiled = copy.deepcopy(model)
     smoothcache.compile(compiled, schedule, backend="eager")
-    assert torch.equal(seen[0], run(compiled)) and not torch.equal(seen[0], run(model))
+    # A ring's values are added in the order of their slots, a calibration's newest first.
+    torch.testing.assert_close(seen[0], run(compiled), rtol=1e-5, atol=1e-5 if schedule.order else 0)
+    assert not torch.allclose(seen[0], run(model), rtol=1e-3, atol=1e-3)
 
 
 def test_a_followed_schedule_must_have_the_samplers_steps(model):
