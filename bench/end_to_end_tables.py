@@ -11,7 +11,7 @@ from smoothcache_fx.tables import format_bytes, format_table
 
 Results = Mapping[str, Mapping[str, Any]]
 COLOURS = {"plain": "black", "smoothcache": "tab:red", "peer": "tab:blue"}
-FILL = {"eager": "none", "default": "full", "max-autotune": "left"}
+FILL = {"eager": "none", "default": "full", "max-autotune": "left", "reduce-overhead": "right"}
 
 
 def table(results: Results) -> str:
@@ -95,4 +95,4 @@ def picture(by_images: Mapping[str, Results], title: str, path: Path) -> None:
 
 def _family(name: str) -> str:
     """The name without the mode: one marker for all its modes."""
-    return name.removesuffix(" + compile").removesuffix(" max-autotune")
+    return name.removesuffix(" + compile").removesuffix(" max-autotune").removesuffix(" reduce-overhead")

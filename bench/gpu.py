@@ -98,7 +98,10 @@ def parts() -> list[Part]:
         _bench("host time", ["host_time.py", "--write"], 2),
     ]
     kernels = sorted(path.stem for path in (ROOT / "bench/kernels").glob("*.py") if path.stem != "common")
-    found += [_bench(f"kernel {name}", [f"kernels/{name}.py", "--write"], 10) for name in kernels]
+    found += [
+        _bench(f"kernel {name}", [f"kernels/{name}.py", "--write"], 30 if name == "residual_accumulate" else 10)
+        for name in kernels
+    ]
     found.append(Part("kernel tests", [*PYTEST, "tests/kernels", "-k", "not interpreter and not ahead_of_time"], 3))
     found.append(Part("cuda graphs", [*PYTEST, "tests/test_cuda_graphs.py", "-m", "gpu"], 3))
     if sanitizer := shutil.which("compute-sanitizer"):

@@ -209,7 +209,7 @@ class _Batch:
             anchor = min(users, key=position.__getitem__)
             _hoist(self.graph, [one for one in tree_leaves(arguments) if isinstance(one, Node)], anchor)
             with self.graph.inserting_before(anchor):
-                own = [emit(self.graph, aten.stack.default, one) if isinstance(one, list) else one for one in arguments]
+                own = [_stack(self.graph, one) if isinstance(one, list) else one for one in arguments]
                 node = emit(self.graph, first.target, *own, **first.kwargs)
             _replace_lanes(self.graph, node, users)
             self.pending += [stacked, node]
@@ -240,6 +240,11 @@ class _Batch:
             else:
                 return None
         return found
+
+
+def _stack(graph: Graph, nodes: Sequence[Node]) -> Node:
+    """The nodes' values as one. Inductor is given variants after it has taken ``aten.stack`` apart, and refuses it."""
+    return emit(graph, aten.cat.default, [emit(graph, aten.unsqueeze.default, node, 0) for node in nodes])
 
 
 def lanes_of(stacked: Node) -> list[Node]:

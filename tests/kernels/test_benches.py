@@ -129,7 +129,7 @@ def least_bytes(op: str, batch: int, tokens: int, width: int) -> int:
     streams, gates = {
         "residual_store": (4, 1),
         "residual_load": (3, 1),
-        "residual_accumulate": (2 + 12, 12),
+        "residual_accumulate": (2 + 56, 56),
         "residual_forecast": (2 + 3, 1),
         "residual_norm": (5, 3),
         "relative_l1": (4, 0),
