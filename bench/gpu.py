@@ -99,7 +99,9 @@ def parts() -> list[Part]:
     ]
     kernels = sorted(path.stem for path in (ROOT / "bench/kernels").glob("*.py") if path.stem != "common")
     found += [
-        _bench(f"kernel {name}", [f"kernels/{name}.py", "--write"], 30 if name == "residual_accumulate" else 10)
+        _bench(
+            f"kernel {name}", [f"kernels/{name}.py", "--write"], 30 if name.startswith("residual_accumulate") else 10
+        )
         for name in kernels
     ]
     found.append(Part("kernel tests", [*PYTEST, "tests/kernels", "-k", "not interpreter and not ahead_of_time"], 3))

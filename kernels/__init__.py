@@ -6,6 +6,7 @@ if __name__ != "kernels":
     from .grouped_linear import grouped_linear
     from .relative_l1 import relative_l1
     from .residual_accumulate import residual_accumulate
+    from .residual_accumulate_norm import residual_accumulate_norm
     from .residual_forecast import residual_forecast
     from .residual_load import residual_load
     from .residual_norm import residual_norm
@@ -15,6 +16,7 @@ if __name__ != "kernels":
         "grouped_linear",
         "relative_l1",
         "residual_accumulate",
+        "residual_accumulate_norm",
         "residual_forecast",
         "residual_load",
         "residual_norm",

@@ -27,21 +27,19 @@ def address_table(tensors: Sequence[Tensor | None], device: torch.device) -> Ten
     table = torch.empty(len(tensors), dtype=torch.int64, device=device)
     with torch.cuda.device_of(table):
         for first in range(0, len(tensors), PER_LAUNCH):
-            part = tuple(tensors[first : first + PER_LAUNCH])
+            # As numbers: of a tensor Triton's launcher asks the driver whether its address is one of the device's.
+            part = tuple(0 if one is None else one.data_ptr() for one in tensors[first : first + PER_LAUNCH])
             address_table_kernel[(1,)](table[first:], part, COUNT=len(part), num_warps=1)
     return table
 
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize_on_alignment=["tensors"])
+    @triton.jit(do_not_specialize_on_alignment=["addresses"])
     def address_table_kernel(
         table,  # [COUNT], int64
-        tensors,  # of any dtype; each may be None
+        addresses,
         COUNT: tl.constexpr,
     ):
         for number in tl.static_range(COUNT):
-            if tensors[number] is None:
-                tl.store(table + number, tl.full((), 0, tl.int64))
-            else:
-                tl.store(table + number, tensors[number].to(tl.int64))
+            tl.store(table + number, tl.full((), addresses[number], tl.int64))

@@ -65,5 +65,12 @@ if triton is not None:
             return base + (row + index % width)
         return base + (row + (index % width) * strides[3])
 
+    @triton.jit
+    def gated(branch, gate, at, inside):
+        """A branch in float32, times what its gate holds at these offsets, if it has one."""
+        if gate is not None:
+            branch *= tl.load(gate + at, inside, 0.0).to(tl.float32)
+        return branch
+
 else:
-    place = offsets = None
+    place = offsets = gated = None

@@ -20,10 +20,15 @@ def check_stream(op: str, x: Tensor) -> None:
 
 def check_term(op: str, x: Tensor, gate: Tensor | None, y: Tensor, name: str) -> None:
     """One ``gate * y`` that is added to ``x``; ``name`` is what the op's signature calls ``y``."""
+    check_value(op, x, y, name)
+    check_broadcast(op, x, gate, "gate")
+
+
+def check_value(op: str, x: Tensor, y: Tensor, name: str) -> None:
+    """A branch's output."""
     _check_operand(op, x, y, name)
     if y.shape != x.shape:
         raise ValueError(f"{op}: {name} has shape {list(y.shape)}, expected x's {list(x.shape)}: expand or reshape it")
-    check_broadcast(op, x, gate, "gate")
 
 
 def check_broadcast(op: str, x: Tensor, operand: Tensor | None, name: str) -> None:
@@ -73,10 +78,9 @@ def forecast_reference(values: Sequence[Tensor], weights: Tensor) -> Tensor:
     return total.to(values[0].dtype)
 
 
-def product(gate: Tensor | None, y: Tensor, scale: float) -> Tensor:
-    """``(gate * scale) * y`` in float32, each product rounded: the plain form of what all kernels compute."""
-    factor = scale if gate is None else gate.float() * scale
-    return y.float() * factor
+def product(gate: Tensor | None, y: Tensor) -> Tensor:
+    """``gate * y`` in float32, or ``y`` where there is no gate: the plain form of what all kernels compute."""
+    return y.float() if gate is None else y.float() * gate.float()
 
 
 def rounded_like(x: Tensor, value: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 ``sum|y_t - y_{t-k}| / sum|y_t|`` over all elements, Eq. 4 of the paper (arXiv 2411.10510); the denominator is the
 fresh output, the one that a cached step would replace.
 
-Two launches: sums of 2048 elements each, and their sum. On an H100 the last was left to PyTorch (a sum, two slices and
-a cat) when it was measured: 16.7 us at ``[2, 256, 1152]`` where a copy of as many bytes takes 7.2. As it is now it is
-not measured yet.
+Two launches: sums of 2048 elements each, and their sum. On an H200 they take 12.7 us at ``[2, 256, 1152]`` in bfloat16,
+where Inductor's code takes 13.6 and a copy of as many bytes 6.5, and 55, 56 and 41 us at 64 samples
+(``bench/results/kernels_relative_l1_cuda.json``).
 """
 
 from __future__ import annotations

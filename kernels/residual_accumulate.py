@@ -3,76 +3,36 @@
 Two kernels. Up to ``UNROLLED`` values come as arguments of the launch, and the kernel is as long as the run. A longer
 run, and any with forecasts, is a loop over a table of addresses (``_addresses.py``), whatever its length: one launch of
 one kernel. On an H100 56 terms of ``[64, 256, 1152]`` took 1029 us in five launches of twelve terms, and 738 to 746 us
-in two prototypes of the loop, flat blocks and a table; at batch 2 it was 61 against 41 to 42 us. This kernel, which
-puts the two together, is not measured yet.
+in two prototypes of the loop, flat blocks and a table; at batch 2 it was 61 against 41 to 42 us. This kernel puts the two
+together. On an H200 a cached call of FLUX.1-dev's transformer, which is three of these runs and little else, takes
+1.45 ms. By itself the loop is not measured yet, nor is the launch that writes the table, and so which number of values
+is the best limit between the two.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ._addresses import address_table
-from ._triton import BLOCK, COUNTS, OPTIONS, offsets, place, runs_triton, tl, triton
+from ._runs import Gates, Part, Run, Weights, accumulate_reference, add_terms, alike, check_run, parts_of
+from ._triton import BLOCK, COUNTS, OPTIONS, gated, offsets, place, runs_triton, tl, triton
 from .layout import layout_of
-from .operands import check_stream, check_term, check_weights, forecast_reference, product, rounded_like
+from .operands import rounded_like
 
+OP = "residual_accumulate"
 #: Values that one launch takes as arguments. Sixteen would spill registers where rows have an odd width: they cannot be
 #: read 128 bits at a time.
 UNROLLED = 12
 #: Iterations of the loop whose loads are under way at once.
 STAGES = 3
-#: A gate of at least this share of the stream is read where it lies, and not copied to lie as its neighbours do.
-SMALL_GATE = 1 / 8
-Term = tuple[Tensor | None, Sequence[Tensor], Tensor | None]
-Weights = Sequence[Tensor | None] | None
 
 
-def residual_accumulate_reference(
-    x: Tensor, gates: Sequence[Tensor | None], values: Sequence[Tensor], weights: Weights = None
-) -> Tensor:
+def residual_accumulate_reference(x: Tensor, gates: Gates, values: Sequence[Tensor], weights: Weights = None) -> Tensor:
     """``residual_accumulate`` in plain PyTorch."""
-    stream = x.float()
-    for gate, own, weight in terms_of(gates, values, weights):
-        branch = own[0] if weight is None else forecast_reference(own, weight)
-        stream = stream + product(gate, branch, 1.0)
-    return rounded_like(x, stream)
-
-
-def terms_of(gates: Sequence[Tensor | None], values: Sequence[Tensor], weights: Weights = None) -> list[Term]:
-    """Gate, values and weights of each term: as many values as it has weights, or the one."""
-    terms, first = [], 0
-    for gate, weight in zip(gates, [None] * len(gates) if weights is None else weights, strict=True):
-        count = 1 if weight is None else weight.numel()
-        terms.append((gate, values[first : first + count], weight))
-        first += count
-    return terms
-
-
-def _check(x: Tensor, gates: Sequence[Tensor | None], values: Sequence[Tensor], weights: Weights) -> None:
-    op = "residual_accumulate"
-    check_stream(op, x)
-    if weights is not None and len(weights) != len(gates):
-        raise ValueError(
-            f"{op}: got {len(gates)} gates and {len(weights)} weights, expected the same number of each: give None for "
-            "a term without"
-        )
-    for number, weight in enumerate(weights or ()):
-        if weight is not None:
-            check_weights(op, x, weight, f"weights[{number}]")
-    expected = len(gates) if weights is None else sum(1 if one is None else one.numel() for one in weights)
-    if not gates or len(values) != expected:
-        raise ValueError(
-            f"{op}: got {len(gates)} gates and {len(values)} values, expected at least one gate and {expected} values: "
-            "one a gate, or as many as its weights; give None for a branch without a gate"
-        )
-    for gate, own, _ in terms_of(gates, values, weights):
-        for value in own:
-            number = next(i for i, one in enumerate(values) if one is value)
-            check_term(op, x, gate, value, f"values[{number}]")
+    return rounded_like(x, accumulate_reference(x, Run(gates, values, weights)))
 
 
 @torch.library.custom_op(
@@ -80,13 +40,15 @@ def _check(x: Tensor, gates: Sequence[Tensor | None], values: Sequence[Tensor], 
     mutates_args=(),
     schema="(Tensor x, Tensor?[] gates, Tensor[] values, Tensor?[]? weights=None) -> Tensor",
 )
-def residual_accumulate(
-    x: Tensor, gates: Sequence[Tensor | None], values: Sequence[Tensor], weights: Weights = None
-) -> Tensor:
+def residual_accumulate(x: Tensor, gates: Gates, values: Sequence[Tensor], weights: Weights = None) -> Tensor:
     """``out = x + sum_i gates[i] * sum_k weights[i][k] * value_ik``: reused branches that follow on each other.
 
     Triton on CUDA, the plain reference elsewhere; both give the same bits. The stream between two branches is kept in
     float32, where one ``residual_load`` after the other rounds it to ``x``'s dtype each time.
+
+    On CUDA one launch takes terms whose values have the same dtypes and strides, and so their gates and weights. Where
+    gates differ in that, and are small, they are copied first. Where else something changes from one term to the next,
+    another launch begins.
 
     Args:
         x: the residual stream, ``[batch, tokens, width]`` or any shape; float32, float16 or bfloat16, any strides.
@@ -107,108 +69,76 @@ def residual_accumulate(
         ValueError: shapes, devices or numbers of terms that do not fit together; on CUDA, strides that take more than
             four loops.
     """
-    _check(x, gates, values, weights)
+    run = Run(gates, values, weights)
+    check_run(OP, x, run)
     if not runs_triton(x):
         return residual_accumulate_reference(x, gates, values, weights)
-    return _launch(x, terms_of(alike(x, gates), values, weights))
+    return _launch(x, run)
 
 
 @residual_accumulate.register_fake
-def _(x: Tensor, gates: Sequence[Tensor | None], values: Sequence[Tensor], weights: Weights = None) -> Tensor:
-    _check(x, gates, values, weights)
+def _(x: Tensor, gates: Gates, values: Sequence[Tensor], weights: Weights = None) -> Tensor:
+    check_run(OP, x, Run(gates, values, weights), traced=True)
     return torch.empty_like(x)
 
 
-def alike(x: Tensor, gates: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The gates, in one dtype and lying alike, as far as that takes copies of small tensors alone."""
-    given = [gate for gate in gates if gate is not None]
-    if len({_gate_key(x, gate) for gate in given}) <= 1 or any(gate.numel() > SMALL_GATE * x.numel() for gate in given):
-        return gates
-    dtype = functools.reduce(torch.promote_types, (gate.dtype for gate in given))
-    shape = torch.broadcast_shapes(*(gate.shape for gate in given))
-    stacked = iter(torch.stack([gate.to(dtype).expand(shape) for gate in given]))
-    return [None if gate is None else next(stacked) for gate in gates]
+def _launch(x: Tensor, run: Run) -> Tensor:
+    return launch_each(x, launches_of(x, run), x.dtype)
 
 
-def _gate_key(x: Tensor, gate: Tensor) -> tuple[object, ...]:
-    return gate.dtype, gate.expand(x.shape).stride()
+def launches_of(x: Tensor, run: Run) -> list[Run]:
+    """The run in as few parts as launches take: any few terms without forecasts, or any number of terms alike."""
+    return [run] if _unrolls(run) else joined(parts_of(x, alike(x, run)))
 
 
-def _launch(x: Tensor, terms: Sequence[Term]) -> Tensor:
-    """One launch for each part of the run, with a float32 stream between parts."""
-    parts = parts_of(x, terms)
+def joined(parts: Sequence[Part]) -> list[Run]:
+    """The parts, with neighbours put together that one launch of few terms takes."""
+    found: list[Run] = []
+    for part in parts:
+        if found and _unrolls(found[-1]) and _unrolls(part) and len(found[-1].gates) + len(part.gates) <= UNROLLED:
+            found[-1] = Run([*found[-1].gates, *part.gates], [*found[-1].values, *part.values])
+        else:
+            found.append(part)
+    return found
+
+
+def launch_each(x: Tensor, parts: Sequence[Run], dtype: torch.dtype) -> Tensor:
+    """The stream behind the parts: one launch for each, with a float32 stream between them."""
     stream = x
     for number, part in enumerate(parts):
-        out = torch.empty_like(x, dtype=x.dtype if number == len(parts) - 1 else torch.float32)
+        out = torch.empty_like(x, dtype=dtype if number == len(parts) - 1 else torch.float32)
         (_launch_unrolled if _unrolls(part) else _launch_loop)(stream, part, out)
         stream = out
     return stream
 
 
-def parts_of(x: Tensor, terms: Sequence[Term]) -> list[list[Term]]:
-    """The run in as few parts as launches take: any few terms without forecasts, or any number of terms alike."""
-    if _unrolls(terms):
-        return [list(terms)]
-    parts: list[list[Term]] = []
-    for term in terms:
-        if parts and all(_alike(x, term, other) for other in (parts[-1][0], _gated(parts[-1]))):
-            parts[-1].append(term)
-        else:
-            parts.append([term])
-    joined: list[list[Term]] = []
-    for part in parts:
-        if joined and _unrolls([*joined[-1], *part]):
-            joined[-1] += part
-        else:
-            joined.append(part)
-    return joined
+def _unrolls(part: Run) -> bool:
+    return len(part.gates) <= UNROLLED and not any(one is not None for one in part.weights or ())
 
 
-def _unrolls(terms: Sequence[Term]) -> bool:
-    return len(terms) <= UNROLLED and all(weight is None for _, _, weight in terms)
-
-
-def _gated(terms: Sequence[Term]) -> Term:
-    """The first term with a gate, or the first."""
-    return next((term for term in terms if term[0] is not None), terms[0])
-
-
-def _alike(x: Tensor, left: Term, right: Term) -> bool:
-    """Whether the loop takes both: values of the same dtypes that lie alike, gates too where both have one."""
-    (gate, values, weight), (other_gate, others, other_weight) = left, right
-    kinds = [[(value.dtype, value.stride()) for value in some] for some in (values, others)]
-    if kinds[0] != kinds[1] or (weight is None) != (other_weight is None):
-        return False
-    return gate is None or other_gate is None or _gate_key(x, gate) == _gate_key(x, other_gate)
-
-
-def _launch_unrolled(x: Tensor, terms: Sequence[Term], out: Tensor) -> None:
-    gates, caches = tuple(gate for gate, _, _ in terms), tuple(values[0] for _, values, _ in terms)
+def _launch_unrolled(x: Tensor, part: Run, out: Tensor) -> None:
+    gates, caches = tuple(part.gates), tuple(part.values)
     spread = [x if gate is None else gate.expand(x.shape) for gate in gates]
     at = layout_of((x, out, *spread, *caches), BLOCK)
     if at.programs:
         with torch.cuda.device_of(x):
             residual_accumulate_kernel[(at.programs,)](
                 x, gates, caches, out, at.samples, at.blocks, at.width, at.total, at.strides,
-                TERMS=len(terms), KINDS=at.kinds, WIDE=at.wide, BLOCK=BLOCK, **OPTIONS,
+                TERMS=len(gates), KINDS=at.kinds, WIDE=at.wide, BLOCK=BLOCK, **OPTIONS,
             )  # fmt: skip
 
 
-def _launch_loop(x: Tensor, terms: Sequence[Term], out: Tensor) -> None:
-    gate, values, weight = _gated(terms)
-    # A row per term: addresses of its values, of its gate, of its weights.
-    addresses = [one for term in terms for one in (*term[1], term[0], *([] if weight is None else [term[2]]))]
-    read = [one for own_gate, own, _ in terms for one in (*own, own_gate) if one is not None]
+def _launch_loop(x: Tensor, part: Part, out: Tensor) -> None:
+    gate, values = part.gate, tuple(part.values[: part.count])
     at = layout_of((x, out, x if gate is None else gate.expand(x.shape), *values), BLOCK)
     if at.programs:
-        table = address_table(addresses, x.device)
+        table = address_table(part.addresses(), x.device)
         with torch.cuda.device_of(x):
             residual_accumulate_loop_kernel[(at.programs,)](
-                x, table, gate, tuple(values), out, len(terms), 1 if weight is None else weight.stride(0),
+                x, table, gate, values, out, len(part.gates), part.weight_stride,
                 at.samples, at.blocks, at.width, at.total, at.strides,
-                VALUES=len(values), FORECAST=weight is not None, ALL_GATED=all(term[0] is not None for term in terms),
-                ALIGNED=all(one.data_ptr() % 16 == 0 for one in read),
-                KINDS=at.kinds, WIDE=at.wide, BLOCK=BLOCK, STAGES=STAGES, **OPTIONS,
+                VALUES=len(values), FORECAST=part.weights is not None, ALL_GATED=part.all_gated,
+                ALIGNED=part.is_aligned, KINDS=at.kinds, WIDE=at.wide, BLOCK=BLOCK, STAGES=STAGES, **OPTIONS,
             )  # fmt: skip
 
 
@@ -236,25 +166,17 @@ if triton is not None:
         for term in tl.static_range(TERMS):
             at = offsets(group, sample, index, width, strides[TERMS + 2 + term], KINDS[TERMS + 2 + term])
             kept = tl.load(caches[term] + at, inside).to(tl.float32)
-            if gates[term] is not None:
-                at = offsets(group, sample, index, width, strides[2 + term], KINDS[2 + term])
-                kept *= tl.load(gates[term] + at, inside).to(tl.float32)
-            stream += kept
+            at = offsets(group, sample, index, width, strides[2 + term], KINDS[2 + term])
+            stream += gated(kept, gates[term], at, inside)
         at = offsets(group, sample, index, width, strides[1], KINDS[1])
         tl.store(out + at, stream.to(out.dtype.element_ty), inside)
-
-    @triton.jit
-    def _tensor_at(entry, like, ALIGNED: tl.constexpr):
-        """The tensor whose address a table's entry holds, of ``like``'s dtype."""
-        tensor = tl.load(entry).to(like.dtype)
-        return tl.multiple_of(tensor, 16) if ALIGNED else tensor
 
     @triton.jit(do_not_specialize=[*COUNTS, "terms"])
     def residual_accumulate_loop_kernel(
         x,  # [groups, samples, tokens, width] with strides[0]
-        table,  # int64 [terms, VALUES + 1 or 2]: addresses of the values, the gate or 0, the weights
-        gate,  # any one of the gates, for its dtype, or None; all have strides[2]
-        values,  # those of any one term, for their dtypes; all have strides[3:VALUES + 3]
+        table,  # see add_terms
+        gate,  # any one of the gates, or None; all have strides[2]
+        values,  # those of any one term; all have strides[3:VALUES + 3]
         out,  # strides[1]
         terms,
         weight_stride,
@@ -272,31 +194,14 @@ if triton is not None:
         BLOCK: tl.constexpr,
         STAGES: tl.constexpr,
     ):
-        COLUMNS: tl.constexpr = VALUES + 1 + FORECAST
         group, sample, index = place(samples, blocks, WIDE, BLOCK)
-        inside = index < total
-        stream = tl.load(x + offsets(group, sample, index, width, strides[0], KINDS[0]), inside).to(tl.float32)
-        for term in tl.range(0, terms, num_stages=STAGES):
-            row = table + term * COLUMNS
-            at = offsets(group, sample, index, width, strides[3], KINDS[3])
-            branch = tl.load(_tensor_at(row, values[0], ALIGNED) + at, inside).to(tl.float32)
-            if FORECAST:
-                weights = tl.load(row + VALUES + 1).to(tl.pointer_type(tl.float32))
-                branch *= tl.load(weights)
-                for number in tl.static_range(1, VALUES):
-                    at = offsets(group, sample, index, width, strides[3 + number], KINDS[3 + number])
-                    value = tl.load(_tensor_at(row + number, values[number], ALIGNED) + at, inside).to(tl.float32)
-                    branch += value * tl.load(weights + number * weight_stride)
-                branch = branch.to(values[0].dtype.element_ty).to(tl.float32)
-            if gate is not None:
-                at = offsets(group, sample, index, width, strides[2], KINDS[2])
-                tensor = _tensor_at(row + VALUES, gate, ALIGNED)
-                if ALL_GATED:
-                    factor = tl.load(tensor + at, inside).to(tl.float32)
-                else:
-                    gated = index < total * (tl.load(row + VALUES) != 0).to(index.dtype)
-                    factor = tl.load(tensor + at, gated, 1.0).to(tl.float32)
-                branch *= factor
-            stream += branch
+        stream = tl.load(x + offsets(group, sample, index, width, strides[0], KINDS[0]), index < total).to(tl.float32)
+        values_at = ()
+        for number in tl.static_range(VALUES):
+            values_at += (offsets(group, sample, index, width, strides[3 + number], KINDS[3 + number]),)
+        stream = add_terms(
+            stream, table, terms, gate, offsets(group, sample, index, width, strides[2], KINDS[2]), values, values_at,
+            weight_stride, index, total, VALUES, FORECAST, ALL_GATED, ALIGNED, STAGES,
+        )  # fmt: skip
         at = offsets(group, sample, index, width, strides[1], KINDS[1])
-        tl.store(out + at, stream.to(out.dtype.element_ty), inside)
+        tl.store(out + at, stream.to(out.dtype.element_ty), index < total)

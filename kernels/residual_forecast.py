@@ -7,23 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._triton import BLOCK, COUNTS, OPTIONS, offsets, place, runs_triton, tl, triton
+from ._triton import BLOCK, COUNTS, OPTIONS, gated, offsets, place, runs_triton, tl, triton
 from .layout import layout_of
-from .operands import check_stream, check_term
+from .operands import check_stream, check_term, forecast_reference
 from .residual_load import residual_load_reference
 
 #: Values that a forecast weighs: those of a line, or of a parabola.
 LENGTHS = (2, 3)
 
 
-def residual_forecast_reference(
-    x: Tensor, gate: Tensor | None, values: Sequence[Tensor], weights: Tensor, scale: float = 1.0
-) -> Tensor:
+def residual_forecast_reference(x: Tensor, gate: Tensor | None, values: Sequence[Tensor], weights: Tensor) -> Tensor:
     """``residual_forecast`` in plain PyTorch."""
-    total = values[0].float() * weights[0]
-    for number in range(1, len(values)):
-        total = total + values[number].float() * weights[number]
-    return residual_load_reference(x, gate, total.to(values[0].dtype), scale)
+    return residual_load_reference(x, gate, forecast_reference(values, weights))
 
 
 def _check(x: Tensor, gate: Tensor | None, values: Sequence[Tensor], weights: Tensor) -> None:
@@ -49,12 +44,10 @@ def _check(x: Tensor, gate: Tensor | None, values: Sequence[Tensor], weights: Te
 @torch.library.custom_op(
     "smoothcache::residual_forecast",
     mutates_args=(),
-    schema="(Tensor x, Tensor? gate, Tensor[] values, Tensor weights, float scale=1.0) -> Tensor",
+    schema="(Tensor x, Tensor? gate, Tensor[] values, Tensor weights) -> Tensor",
 )
-def residual_forecast(
-    x: Tensor, gate: Tensor | None, values: Sequence[Tensor], weights: Tensor, scale: float = 1.0
-) -> Tensor:
-    """``out = x + (gate * scale) * sum_i weights[i] * values[i]`` in one pass.
+def residual_forecast(x: Tensor, gate: Tensor | None, values: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """``out = x + gate * sum_i weights[i] * values[i]`` in one pass.
 
     Triton on CUDA, the plain reference elsewhere; both give the same bits. These are the bits of ``residual_load`` with
     the sum as its cache; so with weights 1, 0 (and 0), those of ``residual_load`` with ``values[0]``, but for the sign
@@ -69,13 +62,12 @@ def residual_forecast(
             a NaN or an infinity out.
         weights: float32 ``[len(values)]`` on ``x``'s device, any stride and offset. It is read where the op runs, so
             that its numbers may change while a captured graph stays.
-        scale: a gate that is the same everywhere; rounded to float32.
 
     Returns:
         A new tensor like ``x``. Operands are converted to float32; each weight's product with its value, and their sum,
-        first to last, are rounded to float32, and the sum once more to the dtype of ``values[0]``. Then
-        ``gate * scale``, its product with the sum, and what that and ``x`` add up to are each rounded to float32, and
-        the last once more to ``x``'s dtype.
+        first to last, are rounded to float32, and the sum once more to the dtype of ``values[0]``. Then the gate's
+        product with the sum, and what that and ``x`` add up to are each rounded to float32, and the last once more to
+        ``x``'s dtype.
 
     Raises:
         TypeError: a dtype that is not supported.
@@ -84,24 +76,24 @@ def residual_forecast(
     """
     _check(x, gate, values, weights)
     if runs_triton(x):
-        return _launch(x, gate, values, weights, scale)
-    return residual_forecast_reference(x, gate, values, weights, scale)
+        return _launch(x, gate, values, weights)
+    return residual_forecast_reference(x, gate, values, weights)
 
 
 @residual_forecast.register_fake
-def _(x: Tensor, gate: Tensor | None, values: Sequence[Tensor], weights: Tensor, scale: float = 1.0) -> Tensor:
+def _(x: Tensor, gate: Tensor | None, values: Sequence[Tensor], weights: Tensor) -> Tensor:
     _check(x, gate, values, weights)
     return torch.empty_like(x)
 
 
-def _launch(x: Tensor, gate: Tensor | None, values: Sequence[Tensor], weights: Tensor, scale: float) -> Tensor:
+def _launch(x: Tensor, gate: Tensor | None, values: Sequence[Tensor], weights: Tensor) -> Tensor:
     out = torch.empty_like(x)
     spread = x if gate is None else gate.expand(x.shape)
     at = layout_of((x, spread, *values, out), BLOCK)
     if at.programs:
         with torch.cuda.device_of(x):
             residual_forecast_kernel[(at.programs,)](
-                x, gate, tuple(values), weights, out, scale, weights.stride(0), at.samples, at.blocks, at.width,
+                x, gate, tuple(values), weights, out, weights.stride(0), at.samples, at.blocks, at.width,
                 at.total, at.strides, VALUES=len(values), KINDS=at.kinds, WIDE=at.wide, BLOCK=BLOCK, **OPTIONS,
             )  # fmt: skip
     return out
@@ -116,7 +108,6 @@ if triton is not None:
         values,  # strides[2:VALUES + 2]
         weights,  # [VALUES] with weight_stride
         out,  # strides[VALUES + 2]
-        scale,
         weight_stride,
         samples,
         blocks,
@@ -138,11 +129,6 @@ if triton is not None:
             branch += value * tl.load(weights + number * weight_stride)
         branch = branch.to(values[0].dtype.element_ty).to(tl.float32)
         stream = tl.load(x + offsets(group, sample, index, width, strides[0], KINDS[0]), inside).to(tl.float32)
-        # Launched from compiled code a scalar may come as float64.
-        factor = tl.full((), scale, tl.float32)
-        if gate is not None:
-            at = offsets(group, sample, index, width, strides[1], KINDS[1])
-            factor = tl.load(gate + at, inside).to(tl.float32) * factor
-        stream += branch * factor
+        stream += gated(branch, gate, offsets(group, sample, index, width, strides[1], KINDS[1]), inside)
         at = offsets(group, sample, index, width, strides[VALUES + 2], KINDS[VALUES + 2])
         tl.store(out + at, stream.to(out.dtype.element_ty), inside)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import BLOCK, COUNTS, OPTIONS, offsets, place, runs_triton, tl, triton
+from ._triton import BLOCK, COUNTS, OPTIONS, gated, offsets, place, runs_triton, tl, triton
 from .layout import layout_of
 from .operands import check_stream, check_term, product, rounded_like
 
 
-def residual_load_reference(x: Tensor, gate: Tensor | None, cache: Tensor, scale: float = 1.0) -> Tensor:
+def residual_load_reference(x: Tensor, gate: Tensor | None, cache: Tensor) -> Tensor:
     """``residual_load`` in plain PyTorch."""
-    return rounded_like(x, x.float() + product(gate, cache, scale))
+    return rounded_like(x, x.float() + product(gate, cache))
 
 
 def _check(x: Tensor, gate: Tensor | None, cache: Tensor) -> None:
@@ -23,10 +23,10 @@ def _check(x: Tensor, gate: Tensor | None, cache: Tensor) -> None:
 @torch.library.custom_op(
     "smoothcache::residual_load",
     mutates_args=(),
-    schema="(Tensor x, Tensor? gate, Tensor cache, float scale=1.0) -> Tensor",
+    schema="(Tensor x, Tensor? gate, Tensor cache) -> Tensor",
 )
-def residual_load(x: Tensor, gate: Tensor | None, cache: Tensor, scale: float = 1.0) -> Tensor:
-    """``out = x + (gate * scale) * cache`` in one pass.
+def residual_load(x: Tensor, gate: Tensor | None, cache: Tensor) -> Tensor:
+    """``out = x + gate * cache`` in one pass.
 
     Triton on CUDA, the plain reference elsewhere; both give the same bits, those that ``residual_store`` gives for
     ``y = cache``.
@@ -37,11 +37,10 @@ def residual_load(x: Tensor, gate: Tensor | None, cache: Tensor, scale: float = 
             ``[width]`` (layer scale); or none.
         cache: the branch's output of an earlier step, of ``x``'s shape. Its dtype, and the gate's, may be another
             than ``x``'s.
-        scale: a gate that is the same everywhere; rounded to float32.
 
     Returns:
-        A new tensor like ``x``. Operands are converted to float32; ``gate * scale``, its product with ``cache`` and
-        the sum with ``x`` are each rounded to float32, and the sum once more to ``x``'s dtype.
+        A new tensor like ``x``. Operands are converted to float32; the product of gate and ``cache`` and the sum with
+        ``x`` are each rounded to float32, and the sum once more to ``x``'s dtype.
 
     Raises:
         TypeError: a dtype that is not supported.
@@ -49,24 +48,24 @@ def residual_load(x: Tensor, gate: Tensor | None, cache: Tensor, scale: float = 
     """
     _check(x, gate, cache)
     if runs_triton(x):
-        return _launch(x, gate, cache, scale)
-    return residual_load_reference(x, gate, cache, scale)
+        return _launch(x, gate, cache)
+    return residual_load_reference(x, gate, cache)
 
 
 @residual_load.register_fake
-def _(x: Tensor, gate: Tensor | None, cache: Tensor, scale: float = 1.0) -> Tensor:
+def _(x: Tensor, gate: Tensor | None, cache: Tensor) -> Tensor:
     _check(x, gate, cache)
     return torch.empty_like(x)
 
 
-def _launch(x: Tensor, gate: Tensor | None, cache: Tensor, scale: float) -> Tensor:
+def _launch(x: Tensor, gate: Tensor | None, cache: Tensor) -> Tensor:
     out = torch.empty_like(x)
     spread = x if gate is None else gate.expand(x.shape)
     at = layout_of((x, spread, cache, out), BLOCK)
     if at.programs:
         with torch.cuda.device_of(x):
             residual_load_kernel[(at.programs,)](
-                x, gate, cache, out, scale, at.samples, at.blocks, at.width, at.total, at.strides,
+                x, gate, cache, out, at.samples, at.blocks, at.width, at.total, at.strides,
                 KINDS=at.kinds, WIDE=at.wide, BLOCK=BLOCK, **OPTIONS,
             )  # fmt: skip
     return out
@@ -80,7 +79,6 @@ if triton is not None:
         gate,  # strides[1], or None
         cache,  # strides[2]
         out,  # strides[3]
-        scale,
         samples,
         blocks,
         width,
@@ -94,11 +92,6 @@ if triton is not None:
         inside = index < total
         kept = tl.load(cache + offsets(group, sample, index, width, strides[2], KINDS[2]), inside).to(tl.float32)
         stream = tl.load(x + offsets(group, sample, index, width, strides[0], KINDS[0]), inside).to(tl.float32)
-        # Launched from compiled code a scalar may come as float64.
-        factor = tl.full((), scale, tl.float32)
-        if gate is not None:
-            at = offsets(group, sample, index, width, strides[1], KINDS[1])
-            factor = tl.load(gate + at, inside).to(tl.float32) * factor
-        stream += kept * factor
+        stream += gated(kept, gate, offsets(group, sample, index, width, strides[1], KINDS[1]), inside)
         at = offsets(group, sample, index, width, strides[3], KINDS[3])
         tl.store(out + at, stream.to(out.dtype.element_ty), inside)

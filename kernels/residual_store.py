@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import BLOCK, COUNTS, OPTIONS, offsets, place, runs_triton, tl, triton
+from ._triton import BLOCK, COUNTS, OPTIONS, gated, offsets, place, runs_triton, tl, triton
 from .layout import layout_of
 from .operands import check_cache, check_stream, check_term, product, rounded_like
 
 
-def residual_store_reference(x: Tensor, gate: Tensor | None, y: Tensor, cache: Tensor, scale: float = 1.0) -> Tensor:
+def residual_store_reference(x: Tensor, gate: Tensor | None, y: Tensor, cache: Tensor) -> Tensor:
     """``residual_store`` in plain PyTorch."""
-    out = rounded_like(x, x.float() + product(gate, y, scale))
+    out = rounded_like(x, x.float() + product(gate, y))
     cache.copy_(y)
     return out
 
@@ -26,10 +26,10 @@ def _check(x: Tensor, gate: Tensor | None, y: Tensor, cache: Tensor) -> None:
 @torch.library.custom_op(
     "smoothcache::residual_store",
     mutates_args=("cache",),
-    schema="(Tensor x, Tensor? gate, Tensor y, Tensor(a!) cache, float scale=1.0) -> Tensor",
+    schema="(Tensor x, Tensor? gate, Tensor y, Tensor(a!) cache) -> Tensor",
 )
-def residual_store(x: Tensor, gate: Tensor | None, y: Tensor, cache: Tensor, scale: float = 1.0) -> Tensor:
-    """``out = x + (gate * scale) * y; cache <- y``: one read of each input, one write of each output.
+def residual_store(x: Tensor, gate: Tensor | None, y: Tensor, cache: Tensor) -> Tensor:
+    """``out = x + gate * y; cache <- y``: one read of each input, one write of each output.
 
     Triton on CUDA, the plain reference elsewhere; both give the same bits.
 
@@ -39,11 +39,10 @@ def residual_store(x: Tensor, gate: Tensor | None, y: Tensor, cache: Tensor, sca
             ``[width]`` (layer scale); or none.
         y: the branch's output, of ``x``'s shape. Its dtype, and the gate's, may be another than ``x``'s.
         cache: like ``y`` in shape, dtype and device; takes its bits as they are.
-        scale: a gate that is the same everywhere; rounded to float32.
 
     Returns:
-        A new tensor like ``x``. Operands are converted to float32; ``gate * scale``, its product with ``y`` and the
-        sum with ``x`` are each rounded to float32, and the sum once more to ``x``'s dtype.
+        A new tensor like ``x``. Operands are converted to float32; the product of gate and ``y`` and the sum with
+        ``x`` are each rounded to float32, and the sum once more to ``x``'s dtype.
 
     Raises:
         TypeError: a dtype that is not supported.
@@ -51,24 +50,24 @@ def residual_store(x: Tensor, gate: Tensor | None, y: Tensor, cache: Tensor, sca
     """
     _check(x, gate, y, cache)
     if runs_triton(x):
-        return _launch(x, gate, y, cache, scale)
-    return residual_store_reference(x, gate, y, cache, scale)
+        return _launch(x, gate, y, cache)
+    return residual_store_reference(x, gate, y, cache)
 
 
 @residual_store.register_fake
-def _(x: Tensor, gate: Tensor | None, y: Tensor, cache: Tensor, scale: float = 1.0) -> Tensor:
+def _(x: Tensor, gate: Tensor | None, y: Tensor, cache: Tensor) -> Tensor:
     _check(x, gate, y, cache)
     return torch.empty_like(x)
 
 
-def _launch(x: Tensor, gate: Tensor | None, y: Tensor, cache: Tensor, scale: float) -> Tensor:
+def _launch(x: Tensor, gate: Tensor | None, y: Tensor, cache: Tensor) -> Tensor:
     out = torch.empty_like(x)
     spread = x if gate is None else gate.expand(x.shape)
     at = layout_of((x, spread, y, cache, out), BLOCK)
     if at.programs:
         with torch.cuda.device_of(x):
             residual_store_kernel[(at.programs,)](
-                x, gate, y, cache, out, scale, at.samples, at.blocks, at.width, at.total, at.strides,
+                x, gate, y, cache, out, at.samples, at.blocks, at.width, at.total, at.strides,
                 KINDS=at.kinds, WIDE=at.wide, BLOCK=BLOCK, **OPTIONS,
             )  # fmt: skip
     return out
@@ -83,7 +82,6 @@ if triton is not None:
         y,  # strides[2]
         cache,  # strides[3]
         out,  # strides[4]
-        scale,
         samples,
         blocks,
         width,
@@ -97,12 +95,8 @@ if triton is not None:
         inside = index < total
         value = tl.load(y + offsets(group, sample, index, width, strides[2], KINDS[2]), inside)
         stream = tl.load(x + offsets(group, sample, index, width, strides[0], KINDS[0]), inside).to(tl.float32)
-        # Launched from compiled code a scalar may come as float64.
-        factor = tl.full((), scale, tl.float32)
-        if gate is not None:
-            at = offsets(group, sample, index, width, strides[1], KINDS[1])
-            factor = tl.load(gate + at, inside).to(tl.float32) * factor
         tl.store(cache + offsets(group, sample, index, width, strides[3], KINDS[3]), value, inside)
-        stream += value.to(tl.float32) * factor
+        at = offsets(group, sample, index, width, strides[1], KINDS[1])
+        stream += gated(value.to(tl.float32), gate, at, inside)
         at = offsets(group, sample, index, width, strides[4], KINDS[4])
         tl.store(out + at, stream.to(out.dtype.element_ty), inside)

@@ -8,21 +8,24 @@ Before::
 After::
 
     a, h = residual_norm(x, gate, attn, cache, None, None, scale, shift, eps)
+
+Behind a run of reused branches it is ``residual_accumulate_norm``, which does not write the stream where nothing else
+reads it.
 """
 
 from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..kernels import residual_norm  # noqa: F401 - registers the op
+from ..kernels import residual_accumulate_norm, residual_norm  # noqa: F401 - registers the ops
+from ..kernels._norms import WIDEST
 from ..kernels.operands import DTYPES
-from ..kernels.residual_norm import WIDEST
 from .facts import aten, packet, prims, tensor_value
 from .guard import copy_graph, with_graph
 from .specialize import remove_dead_code
@@ -30,6 +33,8 @@ from .specialize import remove_dead_code
 log = logging.getLogger(__name__)
 ops = torch.ops.smoothcache
 
+#: Residual adds that have a form with the norm behind them.
+ADDS = (ops.residual_store, ops.residual_load, ops.residual_accumulate)
 #: The kernel applies them in this order.
 OPERANDS = ("weight", "bias", "modulation", "shift")
 
@@ -56,7 +61,7 @@ def fuse_norms(variant: GraphModule) -> GraphModule:
     """A copy of what ``fuse`` made, with the norms behind its adds taken in wherever ``can_fuse_norm``."""
     graph, _ = copy_graph(variant)
     count = 0
-    for out in [node for node in graph.nodes if packet(node) in (ops.residual_store, ops.residual_load)]:
+    for out in [node for node in graph.nodes if packet(node) in ADDS]:
         order = {node: position for position, node in enumerate(graph.nodes)}
         norm = next((norm for norm in _norms(out) if can_fuse_norm(out, norm, order)), None)
         if norm is not None:
@@ -221,17 +226,25 @@ def _place(names: tuple[str, ...], operands: dict[str, Node]) -> str | None:
 
 
 def _lower(graph: Graph, out: Node, norm: Norm, order: dict[Node, int]) -> None:
-    x, gate, y, *cache = out.args
-    if packet(out) is ops.residual_load:
-        cache = [None]
-    operands = [norm.operands.get(name) for name in OPERANDS]
+    keep = not out.users.keys() <= set(norm.nodes)
     with graph.inserting_after(list(order)[_ready(out, norm, order)]):
-        both = graph.call_function(ops.residual_norm.default, (x, gate, y, *cache, *operands, norm.eps, norm.rms))
-    both.meta = {"val": (out.meta["val"], norm.result.meta["val"])}
+        both = graph.call_function(*_call(out, norm, keep))
+    stream = tensor_value(out)
+    both.meta = {"val": (stream if keep else stream.new_empty(0), norm.result.meta["val"])}
     for index, node in ((1, norm.result), (0, out)):
         with graph.inserting_after(both):
             value = graph.call_function(operator.getitem, (both, index))
-        value.meta = dict(node.meta)
+        value.meta = {**node.meta, "val": both.meta["val"][index]}
         node.replace_all_uses_with(value)
     for node in (*sorted(norm.nodes, key=order.__getitem__, reverse=True), out):
         graph.erase_node(node)
+
+
+def _call(out: Node, norm: Norm, keep: bool) -> tuple[Callable[..., object], tuple[object, ...]]:
+    """The op for an add and the norm behind it, and its arguments."""
+    behind = *(norm.operands.get(name) for name in OPERANDS), norm.eps, norm.rms
+    if packet(out) is ops.residual_accumulate:
+        run = out.args if len(out.args) == 4 else (*out.args, None)
+        return ops.residual_accumulate_norm.default, (*run, *behind, keep)
+    add = out.args if packet(out) is ops.residual_store else (*out.args, None)
+    return ops.residual_norm.default, (*add, *behind)

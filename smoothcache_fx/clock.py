@@ -43,7 +43,7 @@ class TimestepReader:
             if value.numel() == 0 or value.is_complex() or not (wait or value.device.type == "cpu"):
                 return None
             # Each op on a tensor costs a step more than all else that the clock does.
-            while value.dim():
+            while value.numel() > 1:
                 value = value[0]
             return float(value)
         return float(value) if isinstance(value, (int, float)) else None

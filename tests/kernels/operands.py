@@ -22,8 +22,10 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 #: Powers of two, odd sizes, more than a block's 1024 elements, and more than one warp's.
 SIZES = [1, 2, 3, 5, 16, 64, 123, 130, 1030]
-#: Term by term: gate, branch or cache, scale.
-Term = tuple[Tensor | None, Tensor, float]
+#: Of a norm: half a unit in the last place, and what a row's sums may be off. Triton's interpreter cuts bfloat16 off.
+NORM_TOLERANCES = {torch.float32: 2e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
+#: A gate, and a branch or cache.
+Term = tuple[Tensor | None, Tensor]
 
 
 @st.composite
@@ -66,11 +68,10 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def expected(x: Tensor, terms: Sequence[Term]) -> Tensor:
-    """``x + sum (gate * scale) * y``, rounded to float32 each time, and to ``x``'s dtype at the end."""
+    """``x + sum gate * y``, rounded to float32 each time, and to ``x``'s dtype at the end."""
     total = _float32(x)
-    for gate, y, scale in terms:
-        factor = np.float32(scale) if gate is None else _float32(gate) * np.float32(scale)
-        total = total + factor * _float32(y)
+    for gate, y in terms:
+        total = total + (_float32(y) if gate is None else _float32(gate) * _float32(y))
     assert total.dtype == np.float32
     return rounded(torch.from_numpy(np.asarray(total)), x.dtype).to(x.device)
 
@@ -90,6 +91,25 @@ def assert_same_bits(actual: Tensor, wanted: Tensor) -> None:
     assert actual.dtype == wanted.dtype and actual.shape == wanted.shape
     differs = _bits(actual) != _bits(wanted)
     assert not differs.any(), f"{int(differs.sum())} of {differs.numel()}: {actual[differs]} for {wanted[differs]}"
+
+
+def assert_normed(h: Tensor, out: Tensor, spread: Sequence[Tensor | None], rms: bool, eps: float) -> None:
+    """``h`` is ``(norm(out) * weight + bias) * (1 + modulation) + shift``, in float64."""
+    weight, bias, modulation, shift = (None if one is None else one.double() for one in spread)
+    value = out.double()
+    if not rms:
+        value = value - value.mean(-1, keepdim=True)
+    value = value / (value.square().mean(-1, keepdim=True) + eps).sqrt()
+    # A float32 sum is as exact as its largest term.
+    largest = torch.ones_like(value) * value.abs()
+    for factor, term in ((weight, bias), (None if modulation is None else 1 + modulation, shift)):
+        value, largest = (value, largest) if factor is None else (value * factor, largest * factor.abs())
+        value, largest = (value, largest) if term is None else (value + term, largest + term.abs())
+    assert h.dtype == out.dtype and h.shape == out.shape
+    over = (h.double() - value).abs() / (
+        NORM_TOLERANCES[h.dtype] * value.abs() + NORM_TOLERANCES[torch.float32] * (largest + 1)
+    )
+    assert not over.numel() or over.max() <= 1, f"{float(over.max()):.3g} times the tolerance off"
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from functools import partial
 import pytest
 import torch
 from aot import CAPABILITIES, Recorder, compile_launch, record, triton
+from smoothcache_fx.kernels._norms import WIDEST
 from smoothcache_fx.kernels._triton import INTERPRETED
 from smoothcache_fx.kernels.relative_l1 import LAGS_PER_LAUNCH
-from smoothcache_fx.kernels.residual_accumulate import UNROLLED, terms_of
-from smoothcache_fx.kernels.residual_norm import WIDEST
+from smoothcache_fx.kernels.residual_accumulate import UNROLLED, Run
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 
@@ -43,10 +43,10 @@ def launch(op: str, x: torch.Tensor, gate: torch.Tensor | None, y: torch.Tensor)
     """What the op would launch for these operands."""
     kernel = module(op)
     runs: dict[str, Callable[[], object]] = {
-        "residual_store": partial(kernel._launch, x, gate, y, y, 1.0),
-        "residual_load": partial(kernel._launch, x, gate, y, 1.0),
+        "residual_store": partial(kernel._launch, x, gate, y, y),
+        "residual_load": partial(kernel._launch, x, gate, y),
         "residual_accumulate": lambda: kernel._launch_unrolled(
-            x, terms_of([gate] * UNROLLED, [y] * UNROLLED), torch.empty_like(x)
+            x, Run([gate] * UNROLLED, [y] * UNROLLED), torch.empty_like(x)
         ),
     }
     return record(kernel, f"{op}_kernel", runs[op])
@@ -184,7 +184,7 @@ def test_residual_norm_reads_its_row_once(width, dtype, capability):
     kernel = module("residual_norm")
     x, row = meta((2, 64, width), dtype), meta((2, 1, width), dtype)
     spread = {"weight": meta((width,), dtype), "bias": meta((width,), dtype), "modulation": row, "shift": row}
-    recorder = record(kernel, "residual_norm_kernel", lambda: kernel._launch(x, row, x, x, spread, 1e-6, False, 1.0))
+    recorder = record(kernel, "residual_norm_kernel", lambda: kernel._launch(x, row, x, x, spread, 1e-6, False))
     (one,) = recorder.launches
     artefact = compile_launch(recorder, capability)
     assert {bits for _, bits in artefact.accesses} == {128}, artefact.accesses
@@ -213,8 +213,8 @@ def test_a_long_run_is_one_loop(width, order, capability):
     kernel = module("residual_accumulate")
     x, gate = meta((2, 256, width), BFLOAT16), meta((2, 1, width), BFLOAT16)
     weights = [meta((order + 1,), FLOAT)] * 56 if order else None
-    terms = terms_of([gate] * 56, [x] * 56 * (order + 1), weights)
-    recorder = record(kernel, "residual_accumulate_loop_kernel", lambda: kernel._launch(x, terms))
+    run = Run([gate] * 56, [x] * 56 * (order + 1), weights)
+    recorder = record(kernel, "residual_accumulate_loop_kernel", lambda: kernel._launch(x, run))
     artefact = compile_launch(recorder, capability)
     assert artefact.accesses == [("ld", 128), ("st", 128)]
     # The addresses take 8 bytes each, weights 4.
@@ -226,13 +226,46 @@ def test_a_long_run_is_one_loop(width, order, capability):
     assert "fma.rn.f32" not in artefact.ptx
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize(("width", "dtype"), [(1152, BFLOAT16), (5120, BFLOAT16), (WIDEST, FLOAT)], ids=str)
+def test_a_long_run_and_its_norm_are_one_loop(width, dtype, order, capability):
+    """Values are copied ahead of their use as far as there is memory for it, and nothing spills."""
+    kernel = module("residual_accumulate_norm")
+    x, row = meta((2, 64, width), dtype), meta((2, 1, width), dtype)
+    weights = [meta((order + 1,), FLOAT)] * 56 if order else None
+    spread = {"weight": None, "bias": None, "modulation": row, "shift": row}
+    run = Run([row] * 56, [x] * 56 * (order + 1), weights)
+    recorder = record(
+        kernel, f"{kernel.OP}_kernel", lambda: kernel._launch(x, run, spread, 1e-6, rms=False, keep=False)
+    )
+    (one,) = recorder.launches
+    artefact = compile_launch(recorder, capability)
+    assert one.grid == (128,) and artefact.spilled_bytes() == (0, 0)
+    threads = 32 * one.keywords["num_warps"]
+    per_thread = one.keywords["BLOCK"] // threads * dtype.itemsize // 16
+    wide = [kind for kind, bits in artefact.accesses if bits == 128]
+    assert wide.count("st") == per_thread, "the stream is written, though nothing needs it"
+    copies = [int(count, 16) for count in re.findall(r"cp\.async\.c\S+ [^;]*\], (0x\w+)", artefact.ptx)]
+    ahead = one.keywords["STAGES"] - 1
+    assert ahead * (order + 2) * one.keywords["BLOCK"] * dtype.itemsize <= kernel.AHEAD
+    if ahead:
+        assert wide.count("ld") == 3 * per_thread, "x, modulation and shift"
+        assert copies.count(16) == (1 + ahead) * (order + 2) * per_thread
+    else:
+        assert wide.count("ld") == (3 + order + 2) * per_thread and not copies
+    assert "fma.rn.f32" not in artefact.ptx
+
+
 def test_a_table_of_addresses_of_any_alignment():
     kernel = module("_addresses")
-    tensors = [meta((3,), BFLOAT16), None, meta((2,), FLOAT)]
+    tensors = [torch.empty(3, dtype=BFLOAT16), None, torch.empty(2)]
     run = partial(kernel.address_table, tensors, torch.device("meta"))
     recorder = record(kernel, "address_table_kernel", run)
+    (launch,) = recorder.launches
+    assert launch.arguments[1] == (tensors[0].data_ptr(), 0, tensors[2].data_ptr())
     artefact = compile_launch(recorder, 90)
-    assert [kind for kind, _ in artefact.accesses] == ["st"] * 3
+    assert artefact.accesses == [("st", 64)] * 3
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

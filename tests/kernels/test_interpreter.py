@@ -24,6 +24,7 @@ CALLS = {
     "residual_store": lambda: kernels.residual_store(X, None, X, torch.empty_like(X)),
     "residual_load": lambda: kernels.residual_load(X, None, X),
     "residual_accumulate": lambda: kernels.residual_accumulate(X, [None], [X]),
+    "residual_accumulate_norm": lambda: kernels.residual_accumulate_norm(X, [None], [X], *[None] * 5, 1e-6),
     "residual_forecast": lambda: kernels.residual_forecast(X, None, [X, X], torch.ones(2)),
     "residual_norm": lambda: kernels.residual_norm(X, None, X, None, None, None, None, None, 1e-6),
     "relative_l1": lambda: kernels.relative_l1(X, [X]),

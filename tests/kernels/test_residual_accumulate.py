@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import operator
 from typing import Any
 
@@ -24,7 +25,7 @@ from operands import (
     tensors,
 )
 from smoothcache_fx.kernels import residual_accumulate, residual_load
-from smoothcache_fx.kernels.residual_accumulate import UNROLLED, alike, parts_of, terms_of
+from smoothcache_fx.kernels.residual_accumulate import UNROLLED, Run, launches_of
 from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
@@ -59,7 +60,7 @@ def test_any_shape_dtype_and_strides(data, shape, count, forecasts):
         values.append([data.draw(tensors(shape, data.draw(st.sampled_from(DTYPES)))) for _ in range(max(1, length))])
     before = x.clone(), [value.clone() for value in flat(values)]
     out = residual_accumulate(x, gates, flat(values), weights if any(w is not None for w in weights) else None)
-    terms = [(gate, reduced(own, weight), 1.0) for gate, own, weight in zip(gates, values, weights, strict=True)]
+    terms = [(gate, reduced(own, weight)) for gate, own, weight in zip(gates, values, weights, strict=True)]
     assert_same_bits(out, expected(x, terms))
     assert out.stride() == torch.empty_like(x).stride()
     assert torch.equal(x, before[0])
@@ -83,7 +84,7 @@ def test_any_number_of_terms_is_rounded_once(dtype, gates, count):
     given = [GATES[gates](i, dtype) for i in range(count)]
     caches = [randn(2, 5, 123, dtype=dtype) for _ in range(count)]
     out = residual_accumulate(x, given, caches)
-    assert_same_bits(out, expected(x, [(gate, cache, 1.0) for gate, cache in zip(given, caches, strict=True)]))
+    assert_same_bits(out, expected(x, list(zip(given, caches, strict=True))))
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -94,7 +95,7 @@ def test_forecasts_take_their_own_part_of_one_tensor_of_weights(dtype, history, 
     gates = [randn(2, 1, 123, dtype=dtype) for _ in range(count)]
     values = [[randn(2, 5, 123, dtype=history if age else dtype) for age in range(order + 1)] for _ in range(count)]
     out = residual_accumulate(x, gates, flat(values), list(weights))
-    terms = [(gate, reduced(own, weight), 1.0) for gate, own, weight in zip(gates, values, weights, strict=True)]
+    terms = [(gate, reduced(own, weight)) for gate, own, weight in zip(gates, values, weights, strict=True)]
     assert_same_bits(out, expected(x, terms))
 
 
@@ -103,7 +104,7 @@ def test_forecasts_beside_values_as_they_are():
     weights = [randn(1 + i % 3) if i % 4 else None for i in range(count)]
     values = [[randn(2, 5, 123) for _ in range(1 if w is None else len(w))] for w in weights]
     gates = [randn(2, 1, 123) if i % 5 else None for i in range(count)]
-    terms = [(gate, reduced(own, weight), 1.0) for gate, own, weight in zip(gates, values, weights, strict=True)]
+    terms = [(gate, reduced(own, weight)) for gate, own, weight in zip(gates, values, weights, strict=True)]
     assert_same_bits(residual_accumulate(x, gates, flat(values), weights), expected(x, terms))
 
 
@@ -112,23 +113,55 @@ def test_values_lie_in_memory_in_several_ways():
     x, count = randn(2, 123, 5).transpose(1, 2), UNROLLED + 3
     values = [randn(2, 123, 5).transpose(1, 2) if i > 8 else randn(2, 5, 123) for i in range(count)]
     gates = [randn(2, 1, 123) for _ in range(count)]
-    parts = parts_of(x, terms_of(gates, values))
-    assert [len(part) for part in parts] == [9, 6]
+    assert sizes(x, Run(gates, values)) == [9, 6]
     out = residual_accumulate(x, gates, values)
-    assert_same_bits(out, expected(x, [(gate, value, 1.0) for gate, value in zip(gates, values, strict=True)]))
+    assert_same_bits(out, expected(x, list(zip(gates, values, strict=True))))
     assert out.stride() == x.stride()
 
 
 def test_a_run_takes_as_few_launches_as_can_be():
     x, caches = randn(2, 40, 8), [randn(2, 40, 8) for _ in range(56)]
     alike_gates = [randn(2, 1, 8) for _ in caches]
-    assert len(parts_of(x, terms_of(alike(x, alike_gates), caches))) == 1
+    assert sizes(x, Run(alike_gates, caches)) == [56]
     mixed = [(randn(2, 1, 8), randn(8), None, randn(2, 1, 8).half())[i % 4] for i in range(56)]
-    assert len(parts_of(x, terms_of(alike(x, mixed), caches))) == 1, "small gates are copied to lie alike"
+    assert sizes(x, Run(mixed, caches)) == [56], "small gates are copied to lie alike"
     large = [randn(2, 40, 8) if i == 30 else gate for i, gate in enumerate(alike_gates)]
-    assert [len(p) for p in parts_of(x, terms_of(alike(x, large), caches))] == [30, 1, 25], "large ones are not"
+    assert sizes(x, Run(large, caches)) == [30, 1, 25], "large ones are not"
     weights = [randn(2) for _ in caches]
-    assert len(parts_of(x, terms_of(alike_gates, [c for c in caches for _ in range(2)], weights))) == 1
+    twice = [cache for cache in caches for _ in range(2)]
+    assert sizes(x, Run(alike_gates, twice, weights)) == [56]
+    weights[30] = randn(4)[::2]
+    assert sizes(x, Run(alike_gates, twice, weights)) == [30, 1, 25], "a launch has one stride for all weights"
+
+
+def sizes(x: Tensor, run: Run) -> list[int]:
+    """Terms of each launch."""
+    return [len(part.gates) for part in launches_of(x, run)]
+
+
+def test_what_holds_for_one_tensor_is_asked_once(monkeypatch):
+    """The host's time before a launch: whatever the number of terms, as many checks as there are kinds of tensors."""
+    module, checked = importlib.import_module("smoothcache_fx.kernels._runs"), []
+    for name in ("check_value", "check_broadcast"):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda op, x, one, *rest, original=original: (checked.append(one), original(op, x, one, *rest)),
+        )
+    gates, values = [randn(2, 1, 8) for _ in range(56)], [randn(2, 5, 8) for _ in range(56)]
+    residual_accumulate(randn(2, 5, 8), gates, values)
+    assert len(checked) == 2
+    with pytest.raises(ValueError, match=r"values\[55\] has shape \[2, 5, 1\], expected x's \[2, 5, 8\]"):
+        residual_accumulate(randn(2, 5, 8), gates, [*values[:-1], randn(2, 5, 1)])
+
+
+def test_weights_with_gaps():
+    x, count = randn(2, 5, 8), UNROLLED + 1
+    weights = [randn(4)[::2] if i % 3 else randn(2) for i in range(count)]
+    values = [[randn(2, 5, 8) for _ in range(2)] for _ in range(count)]
+    terms = [(None, reduced(own, weight)) for own, weight in zip(values, weights, strict=True)]
+    assert_same_bits(residual_accumulate(x, [None] * count, flat(values), weights), expected(x, terms))
 
 
 def test_in_float32_it_gives_the_bits_of_one_load_after_the_other():
@@ -151,7 +184,7 @@ def test_the_output_is_written_whole(dtype):
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 8), ()])
 def test_no_elements_or_no_dimensions(shape, count):
     x, cache = randn(*shape), randn(*shape)
-    assert_same_bits(residual_accumulate(x, [None] * count, [cache] * count), expected(x, [(None, cache, 1.0)] * count))
+    assert_same_bits(residual_accumulate(x, [None] * count, [cache] * count), expected(x, [(None, cache)] * count))
 
 
 @pytest.mark.parametrize(

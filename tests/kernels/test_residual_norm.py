@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from operands import (
     DEVICE,
     DTYPES,
+    assert_normed,
     assert_same_bits,
     expected,
     filled_with_nan,
@@ -19,31 +20,11 @@ from operands import (
     tensors,
 )
 from smoothcache_fx.kernels import residual_norm, residual_store
-from smoothcache_fx.kernels._triton import INTERPRETED
-from smoothcache_fx.kernels.residual_norm import WIDEST
+from smoothcache_fx.kernels._norms import WIDEST
 from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
-#: Half a unit in the last place, and what sums over a row may be off; Triton's interpreter cuts bfloat16 off.
-TOLERANCES = {torch.float32: 2e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
 EPS = 1e-5
-
-
-def assert_normed(h: Tensor, out: Tensor, spread: list[Tensor | None], rms: bool) -> None:
-    """``h`` is ``(norm(out) * weight + bias) * (1 + modulation) + shift``, in float64."""
-    weight, bias, modulation, shift = (None if one is None else one.double() for one in spread)
-    value = out.double()
-    if not rms:
-        value = value - value.mean(-1, keepdim=True)
-    value = value / (value.square().mean(-1, keepdim=True) + EPS).sqrt()
-    # A float32 sum is as exact as its largest term.
-    largest = torch.ones_like(value) * value.abs()
-    for factor, term in ((weight, bias), (None if modulation is None else 1 + modulation, shift)):
-        value, largest = (value, largest) if factor is None else (value * factor, largest * factor.abs())
-        value, largest = (value, largest) if term is None else (value + term, largest + term.abs())
-    assert h.dtype == out.dtype and h.shape == out.shape
-    over = (h.double() - value).abs() / (TOLERANCES[h.dtype] * value.abs() + TOLERANCES[torch.float32] * (largest + 1))
-    assert not over.numel() or over.max() <= 1, f"{float(over.max()):.3g} times the tolerance off"
 
 
 @settings(max_examples=150)
@@ -61,10 +42,10 @@ def test_any_shape_dtype_and_strides(data, outer, width, rms, stored):
     spread = [data.draw(gate_shapes(shape)) for _ in range(5)]
     gate, *spread = (None if one is None else data.draw(tensors(one, other_dtype)) for one in spread)
     cache = data.draw(tensors(shape, y_dtype, fill=float("nan"))) if stored else None
-    out, h = residual_norm(x, gate, y, cache, *spread, EPS, rms, 0.7)
-    assert_same_bits(out, expected(x, [(gate, y, 0.7)]))
+    out, h = residual_norm(x, gate, y, cache, *spread, EPS, rms)
+    assert_same_bits(out, expected(x, [(gate, y)]))
     assert out.stride() == h.stride() == torch.empty_like(x).stride()
-    assert_normed(h, out, spread, rms)
+    assert_normed(h, out, spread, rms, EPS)
     if stored:
         assert_same_bits(cache, y)
         assert outside(cache).isnan().all(), "written outside of the cache"
@@ -78,7 +59,7 @@ def test_widths_of_known_models(width, dtype):
     caches = torch.empty_like(y), torch.empty_like(y)
     out, h = residual_norm(x, gate, y, caches[0], None, None, modulation, shift, EPS)
     assert_same_bits(out, residual_store(x, gate, y, caches[1]))
-    assert_normed(h, out, [None, None, modulation, shift], rms=False)
+    assert_normed(h, out, [None, None, modulation, shift], rms=False, eps=EPS)
 
 
 def test_a_mean_that_is_large_beside_the_deviation():
@@ -134,7 +115,7 @@ def test_what_does_not_fit_is_refused(position, shape, message, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype, left_out, rms):
     given = [None if position in left_out else one for position, one in enumerate(operands(dtype))]
-    torch.library.opcheck(residual_norm, (*given, EPS, rms, 0.5))
+    torch.library.opcheck(residual_norm, (*given, EPS, rms))
 
 
 def step(x, gate, y, cache, modulation, shift):

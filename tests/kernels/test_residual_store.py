@@ -26,16 +26,16 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBac
 
 
 @settings(max_examples=150)
-@given(data=st.data(), shape=shapes(), scale=st.sampled_from([1.0, 0.3, -2.0]))
-def test_any_shape_dtype_and_strides(data, shape, scale):
+@given(data=st.data(), shape=shapes())
+def test_any_shape_dtype_and_strides(data, shape):
     x_dtype, y_dtype, gate_dtype = (data.draw(st.sampled_from(DTYPES)) for _ in range(3))
     x, y = data.draw(tensors(shape, x_dtype)), data.draw(tensors(shape, y_dtype))
     gate_shape = data.draw(gate_shapes(shape))
     gate = None if gate_shape is None else data.draw(tensors(gate_shape, gate_dtype))
     cache = data.draw(tensors(shape, y_dtype, fill=float("nan")))
     before = [one.clone() for one in (x, y)]
-    out = residual_store(x, gate, y, cache, scale)
-    assert_same_bits(out, expected(x, [(gate, y, scale)]))
+    out = residual_store(x, gate, y, cache)
+    assert_same_bits(out, expected(x, [(gate, y)]))
     assert out.stride() == torch.empty_like(x).stride()
     assert_same_bits(cache, y)
     assert outside(cache).isnan().all(), "written outside of the cache"
@@ -78,7 +78,7 @@ def test_one_rounding_at_the_end():
 def test_no_elements_or_no_dimensions(shape):
     x, y = randn(*shape), randn(*shape)
     cache = torch.full_like(y, float("nan"))
-    assert_same_bits(residual_store(x, None, y, cache), expected(x, [(None, y, 1.0)]))
+    assert_same_bits(residual_store(x, None, y, cache), expected(x, [(None, y)]))
     assert_same_bits(cache, y)
 
 
@@ -122,11 +122,11 @@ def test_another_device_is_refused(position, name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype, gate):
     x, gates, y, cache = operands(dtype)
-    torch.library.opcheck(residual_store, (x, gates if gate else None, y, cache, 0.5))
+    torch.library.opcheck(residual_store, (x, gates if gate else None, y, cache))
 
 
 def step(x, gate, y, cache):
-    return torch.relu(residual_store(x, gate, torch.tanh(y), cache, 0.5)) + cache
+    return torch.relu(residual_store(x, gate, torch.tanh(y), cache)) + cache
 
 
 def check_compiled(compiled) -> None:
@@ -161,9 +161,9 @@ def test_compiled_code_stores_into_the_callers_own_buffer(monkeypatch):
     name = "_launch" if runs_triton(randn(1)) else "residual_store_reference"
     original, addresses = getattr(module, name), []
 
-    def recorded(x, gate, y, cache, scale):
+    def recorded(x, gate, y, cache):
         addresses.append(cache.data_ptr())
-        return original(x, gate, y, cache, scale)
+        return original(x, gate, y, cache)
 
     monkeypatch.setattr(module, name, recorded)
     x, gate, y, cache = operands()

@@ -206,7 +206,7 @@ def test_under_inductor_runs_alone_become_kernels(mask):
 def test_what_pays_where():
     assert lowering_for("cpu", fuses_by_itself=False) is lowering_for("cpu", fuses_by_itself=True) is None
     assert ALL == Lowering(singles=True, runs=True, norms=True, groups=False)
-    assert RUNS == Lowering(singles=False, runs=True, norms=True, groups=True)
+    assert RUNS == Lowering(singles=False, runs=True, norms=False, groups=True)
 
 
 def test_the_builder_asks_for_its_graphs_device_and_compiler(monkeypatch):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from smoothcache_fx.passes import check_graph, fuse, fuse_norms, lowering_for, specialize
+from smoothcache_fx.passes import check_graph, fuse, fuse_norms, insert_guards, lowering_for, specialize
 from smoothcache_fx.passes.facts import aten, packet, through_views
 from smoothcache_fx.passes.guard import CACHE, placeholders
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from capture import Attention, Stack, capture, inputs
 from cases import randomize
 
 norm_op = torch.ops.smoothcache.residual_norm
+run_op = torch.ops.smoothcache.residual_accumulate
+run_norm_op = torch.ops.smoothcache.residual_accumulate_norm
 
 
 def passes(model: nn.Module, mask: tuple[bool, ...], dtype: torch.dtype = torch.float32, *args: Tensor):
@@ -30,13 +32,14 @@ def passes(model: nn.Module, mask: tuple[bool, ...], dtype: torch.dtype = torch.
 
 
 def norms(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
-    return [node for node in graph.graph.nodes if packet(node) is norm_op]
+    return [node for node in graph.graph.nodes if packet(node) in (norm_op, run_norm_op)]
 
 
 def check_close(before: torch.fx.GraphModule, after: torch.fx.GraphModule, dtype: torch.dtype = torch.float32) -> None:
     """Outputs, and what lies in the caches afterwards, are as near as sums over rows in another order are."""
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(node.meta["val"].shape, generator=generator).to(dtype) for node in placeholders(before.graph)]
+    given = [node.meta["val"] for node in placeholders(before.graph)]
+    values = [torch.randn(value.shape, generator=generator).to(value.dtype) for value in given]
     others = [value.clone() for value in values]
     assert len(others) == len(placeholders(after.graph))
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
@@ -47,15 +50,50 @@ def check_close(before: torch.fx.GraphModule, after: torch.fx.GraphModule, dtype
 
 @pytest.mark.parametrize("mask", list(itertools.product([True, False], repeat=4)))
 def test_every_variant_of_a_stack(mask):
-    """A norm is left out of a pass only where it is the model's first, or follows a run of reused branches."""
+    """Every norm but the model's first is behind a residual add, or behind a run of them."""
     _, before, after = passes(Stack(), mask)
     check_close(before, after)
-    behind_one_add = [
-        index for index in range(1, 4) if mask[index] and (mask[index - 1] or index == 1 or mask[index - 2])
-    ]
-    assert len(norms(after)) == len(behind_one_add)
-    assert all(node.args[6] is not None and node.args[7] is not None for node in norms(after))
-    assert sum(packet(node) is aten.native_layer_norm for node in after.graph.nodes) == sum(mask) - len(behind_one_add)
+    behind_one = sum(mask[i] and (mask[i - 1] or i == 1 or mask[i - 2]) for i in range(1, 4))
+    behind_runs = sum(mask[1:]) - behind_one
+    found = norms(after)
+    assert [packet(node) for node in found].count(norm_op) == behind_one and len(found) == behind_one + behind_runs
+    assert all(node.args[6] is not None and node.args[7] is not None for node in found)
+    assert sum(packet(node) is aten.native_layer_norm for node in after.graph.nodes) == mask[0]
+
+
+class Ending(nn.Module):
+    """A stack, and the norm and modulation of a last layer that nothing else shares the stream with, or something."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.stack = Stack()
+        self.norm = nn.LayerNorm(16, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(16, 32)
+        self.shared = shared
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = self.stack(x, c)
+        scale, shift = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        h = self.norm(x) * (1 + scale) + shift
+        return h + x.sum() if self.shared else h
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_last_norm_is_in_the_runs_pass(order, dtype, shared):
+    """And the stream is written only where something else reads it."""
+    (program,) = capture(randomize(Ending(shared), 0).eval().to(dtype), *(one.to(dtype) for one in inputs()))
+    captured, sites = program.builder.captured, program.builder.sites
+    variant = specialize(insert_guards(captured, sites, order), set(), orders=[order] * len(sites))
+    before = fuse(variant, lowering_for("cuda", fuses_by_itself=False))
+    after = check_graph(fuse_norms(before), like=captured, stage="variant")
+    (node,) = norms(after)
+    assert packet(node) is run_norm_op and node.args[-1] is shared
+    assert len(node.args[1]) == len(sites) and len(node.args[2]) == len(sites) * (1 + order)
+    assert (node.args[3] is None) == (order == 0)
+    assert not any(packet(node) in (aten.native_layer_norm, run_op) for node in after.graph.nodes)
+    check_close(before, after, dtype)
 
 
 class RMS(nn.Module):
