@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in six minutes: ``python bench/gpu.py``.
 
-The kernels' tests on CUDA and under ``compute-sanitizer``, CUDA graphs, and all benches with ``--write``. Parts compile
-and test side by side, as far as their memory allows, and time in turns (``turns.py``). What is not ready when the gate
-opens is no longer waited for, and what still runs at the end is killed: all logs and results so far are packed into one
-file, and the summary names what failed, what is missing, and which targets were met.
+The kernels' tests on CUDA and under ``compute-sanitizer``, CUDA graphs, and all benches with ``--write``. Benches
+compile side by side, as far as their memory allows, and time in turns (``turns.py``). Tests run beside them at low
+priority, and stand still while a bench times. What is not ready when the gate opens is no longer waited for, and what
+still runs at the end is killed: all logs and results so far are packed into one file, and the summary names what
+failed, what is missing, and which targets were met.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Part:
         gib: the most GPU memory that it holds, in GiB.
         needs: packages that must be installed.
         environment: variables beside the usual ones.
+        times: whether it times anything. What does not stands still while others do.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Part:
     gib: float
     needs: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    times: bool = True
 
     @property
     def missing(self) -> list[str]:
@@ -104,8 +107,10 @@ def parts() -> list[Part]:
         )
         for name in kernels
     ]
-    found.append(Part("kernel tests", [*PYTEST, "tests/kernels", "-k", "not interpreter and not ahead_of_time"], 3))
-    found.append(Part("cuda graphs", [*PYTEST, "tests/test_cuda_graphs.py", "-m", "gpu"], 3))
+    found.append(
+        Part("kernel tests", [*PYTEST, "tests/kernels", "-k", "not interpreter and not ahead_of_time"], 3, times=False)
+    )
+    found.append(Part("cuda graphs", [*PYTEST, "tests/test_cuda_graphs.py", "-m", "gpu"], 3, times=False))
     if sanitizer := shutil.which("compute-sanitizer"):
         tests = [
             f"tests/kernels/test_{name}.py" for name in ("residual_store", "residual_accumulate", "grouped_linear")
@@ -113,7 +118,7 @@ def parts() -> list[Part]:
         # It refuses memory that grows in place.
         plain = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}
         command = [sanitizer, "--error-exitcode", "9", *PYTEST, *tests, "-k", "not any_shape and not inductor"]
-        found.append(Part("compute-sanitizer", command, 4, environment=plain))
+        found.append(Part("compute-sanitizer", command, 4, environment=plain, times=False))
     return found
 
 
@@ -131,6 +136,7 @@ class Run:
         self.folder = folder
         self.environment = environment
         self.began = time.monotonic()
+        self.held = False
         #: The most memory that was spoken for at once, in GiB.
         self.peak = 0.0
 
@@ -140,6 +146,7 @@ class Run:
                 (self.folder / "go").touch()
             self._start(memory)
             self._reap()
+            self._hold()
             time.sleep(0.05)
         for part, process in self.running.values():
             with contextlib.suppress(ProcessLookupError):
@@ -155,14 +162,33 @@ class Run:
             if held + part.gib > memory and self.running:
                 continue
             self.waiting.remove(part)
-            preparing(self.folder, part.name).touch()
+            if part.times:
+                preparing(self.folder, part.name).touch()
             environment = {**self.environment, FOLDER: str(self.folder), NAME: part.name, **part.environment}
             with open(self.folder / f"{part.name.replace(' ', '-')}.log", "wb") as log:
                 process = subprocess.Popen(
-                    part.command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+                    part.command if part.times else ["nice", *part.command],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
                 )
+            if self.held and not part.times:
+                os.killpg(process.pid, signal.SIGSTOP)
             self.running[part.name] = part, process
             self.peak = max(self.peak, held + part.gib)
+
+    def _hold(self) -> None:
+        """Stop what does not time from when a bench may have its turn until all have had it."""
+        benches = [part for part, _ in self.running.values() if part.times]
+        go = (self.folder / "go").exists() or not any(self.folder.glob("*.preparing"))
+        if self.held != (hold := bool(benches) and go):
+            self.held = hold
+            for part, process in self.running.values():
+                if not part.times:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGSTOP if hold else signal.SIGCONT)
 
     def _reap(self) -> None:
         for name, (_, process) in list(self.running.items()):

@@ -3,8 +3,8 @@
 Two kernels. Up to ``UNROLLED`` values come as arguments of the launch, and the kernel is as long as the run. A longer
 run, and any with forecasts, is a loop over a table of addresses (``_addresses.py``), whatever its length: one launch of
 one kernel. On an H100 56 terms of ``[64, 256, 1152]`` took 1029 us in five launches of twelve terms, and 738 to 746 us
-in two prototypes of the loop, flat blocks and a table; at batch 2 it was 61 against 41 to 42 us. This kernel puts the two
-together. On an H200 a cached call of FLUX.1-dev's transformer, which is three of these runs and little else, takes
+in two prototypes of the loop, flat blocks and a table; at batch 2 it was 61 against 41 to 42 us. This kernel puts the
+two together. On an H200 a cached call of FLUX.1-dev's transformer, which is three of these runs and little else, takes
 1.45 ms. By itself the loop is not measured yet, nor is the launch that writes the table, and so which number of values
 is the best limit between the two.
 """

@@ -61,6 +61,21 @@ def test_when_the_gate_opens_nothing_is_waited_for(gpu, tmp_path):
     assert ended == {"quick": "passed", "never": "killed: out of time"}
 
 
+def test_what_does_not_time_stands_still_while_others_do(gpu, tmp_path):
+    """And neither holds them up, nor is it lost: it goes on behind them."""
+    ticking = "for i in range(40): print(time.time(), flush=True); time.sleep(0.1)"
+    parts = [
+        script(gpu, "bench", TIMED.format(prepare=0.5).replace("0.2", "2")),
+        script(gpu, "tests", ticking, times=False),
+    ]
+    assert run(gpu, tmp_path, *parts).ended == {"bench": "passed", "tests": "passed"}
+    ((begin, end),) = spans(tmp_path, "bench")
+    ticks = [float(line) for line in (tmp_path / "tests.log").read_text().split()]
+    assert len(ticks) == 40 and ticks[-1] > end
+    # Some 20 if it went on; it takes a moment to stop it.
+    assert len([tick for tick in ticks if begin < tick < end]) < 8
+
+
 def test_a_part_that_fails_does_not_hold_up_the_others(gpu, tmp_path):
     """Neither while it prepares nor while it has its turn."""
     parts = [
