@@ -193,6 +193,11 @@ def symbol_value(size: Any, values: dict[Any, int]) -> int:
     return int(size)
 
 
+def symbols_of(size: Any) -> frozenset[Any]:
+    """The symbols that a size of a captured graph consists of; none of a number."""
+    return frozenset(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else frozenset()
+
+
 def bind_symbols(fake: Any, real: Any, values: dict[Any, int]) -> None:
     """Note the values of the symbols that one input's sizes (or the input itself, a size) consist of."""
     if isinstance(fake, torch.SymInt):

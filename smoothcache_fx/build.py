@@ -78,6 +78,7 @@ class GraphBuilder:
         self._caches = [node for node in placeholders(self.guarded.graph) if CACHE in node.meta]
         #: Positions of the inputs that are symbolic sizes.
         self.shape_inputs = [i for i, value in enumerate(self._input_values) if isinstance(value, torch.SymInt)]
+        self.size_inputs = self._size_inputs()
         self.shape_generic = inner.shape_generic or not self.shape_inputs
         self._inner = inner
         devices = {value.device.type for node in captured.graph.nodes if (value := tensor_value(node)) is not None}
@@ -92,6 +93,19 @@ class GraphBuilder:
             len(self.rejections),
             1e3 * (time.perf_counter() - start),
         )
+
+    def _size_inputs(self) -> list[int]:
+        """Symbolic inputs that are a size of a tensor input or of a cache.
+
+        Others change from step to step and shape nothing: where a view begins in its storage, a number that the model
+        is given.
+        """
+        tensors = (value for value in self._input_values if isinstance(value, torch.Tensor))
+        caches = [node.meta["val"] for node in self._caches]
+        sizes = [size for value in (*tensors, *caches) for size in value.shape]
+        sizes += [stride for value in caches for stride in value.stride()]
+        symbols = frozenset().union(*map(_torch.symbols_of, sizes))
+        return [i for i in self.shape_inputs if _torch.symbols_of(self._input_values[i]) & symbols]
 
     def buffers_of(self, site: Site) -> tuple[int, ...]:
         """Positions of a site's cache buffers."""

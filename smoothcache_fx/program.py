@@ -109,6 +109,8 @@ class VariantBuilder(Protocol):
     shape_generic: bool
     #: Positions of the inputs that are symbolic sizes.
     shape_inputs: Sequence[int]
+    #: Those of them that are a size of an input or of a cache.
+    size_inputs: Sequence[int]
 
     def build(self, mask: Mask, inputs: Sequence[Any]) -> Variant: ...
 
@@ -359,7 +361,7 @@ class GuardedProgram:
     def __call__(self, inputs: list[Any]) -> Sequence[Any]:
         binding, clock = self.binding, self.clock
         signature = tuple([inputs[i] for i in self.builder.shape_inputs])
-        stream = binding.stream(clock.stream, signature)
+        stream = binding.stream(clock.stream, tuple([inputs[i] for i in self.builder.size_inputs]))
         mask = binding.decide(stream, clock.trajectory, clock.step)
         variant = self._variant(mask, signature, inputs)
         buffers = stream.arguments.get((variant, stream.heads))

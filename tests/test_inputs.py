@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import smoothcache_fx as smoothcache
-from cases import Branch, Case, run_trajectory
+from cases import Branch, Case, randomize, run_trajectory
 from inline_dits import CHANNELS, LABELS, TEXT_TOKENS, TEXT_WIDTH, AdaLNZeroBlock, CrossAttentionBlock, InlineDiT
 from models import CASES
 from oracle import Oracle
@@ -203,3 +204,56 @@ def test_batch_and_resolution_change_between_trajectories(dynamic):
     report = smoothcache.report(model)
     assert report.graphs == (1 if dynamic else 2)
     assert not report.forced
+
+
+class Scaled(nn.Module):
+    """Feed-forward blocks whose input is scaled by a timestep per sample, and by a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = ((nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Sequential(*block) for block in layers)
+
+    def forward(self, x: Tensor, timestep: Tensor, number: int = 0) -> Tensor:
+        x = x + timestep[:, None, None] / 1000 + number / 100
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("what", ["begin of a view", "number"])
+def test_what_changes_with_each_step_and_shapes_nothing_keeps_the_cache(what, backend):
+    """A graph first needed in mid-trajectory is captured for sizes that may change: one step is computed in full.
+
+    Its timesteps are views, whose places in the storage are inputs of the graph then; as is a number that changes.
+    """
+    model, plain = (copy.deepcopy(one) for one in [randomize(Scaled(), 0).eval()] * 2)
+    smoothcache.compile(model, Schedule(8, {"ffn": [1, 0, 0, 0, 0, 0, 0, 0]}), backend=backend)
+    timesteps = torch.linspace(1000, 125, 8)
+    x = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0))
+    kept: list[Tensor] = []
+    for step, timestep in enumerate(timesteps):
+        number = 20 + step if what == "number" and step >= 3 else 10
+        if step == 3:
+            x, kept = x[2:].clone(), []
+        given = timestep.expand(len(x)) if what == "begin of a view" else timestep.repeat(len(x))
+        y = model(x, given, number)
+        if not kept:
+            kept = branches_of(plain, x, given, number)
+        expected = x + given[:, None, None] / 1000 + number / 100 + sum(kept)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        x = x - 0.1 * y
+    report = smoothcache.report(model)
+    assert report.forced == {"no value in this trajectory yet, at step 3": 2}
+    assert [(group.computed, group.reused) for group in report.groups] == [(4, 12)]
+
+
+def branches_of(model: Scaled, *inputs: Any) -> list[Tensor]:
+    """What each block adds."""
+    found: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda *args: found.append(args[-1])) for block in model.blocks]
+    model(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
