@@ -144,13 +144,14 @@ class Calibration:
         Args:
             alpha: the largest error allowed, the same for all groups, at least 0. For ``greedy`` alone.
             compute: in place of alpha: the largest share of the branches' FLOPs to compute, in (0, 1]; of alphas the
-                one that comes closest from below is taken (`alpha_for` gives it).
+                one that comes closest from below is taken (for rows of groups `alpha_for` gives it).
             solver: ``greedy`` or ``optimal``. The latter needs ``calibrate(..., order=...)``, or order 0 and rows of
                 groups. It is the better the better errors are known to reach the end: see ``measure_sensitivity``.
             order: of the reads, 0 to 2. A greedy schedule's rows are those for order 0.
-            rows: of ``optimal``: ``joint``, one row for all groups; ``group``, one for each, which share the budget by
-                their FLOPs; ``site``, one for each site. By default joint where the calibration allows it: forecasts
-                are more exact where all branches of a step are computed together.
+            rows: ``joint``, one row for all groups; ``group``, one for each, which share the budget by their FLOPs;
+                ``site``, one for each site, of ``optimal`` alone. The default of ``optimal`` is joint where the
+                calibration allows it: forecasts are more exact where all branches of a step are computed together.
+                That of ``greedy`` is group, as in the paper; joint rows reuse where all groups' errors allow it.
             times: a position for each step, in which reads are polynomials (see `Schedule`).
             keep_last: compute the last step too, as the paper's code does: the default of ``greedy``.
 
@@ -174,12 +175,15 @@ class Calibration:
             flops = flops if flops and any(flops.values()) else None
             return Schedule(self.steps, found, order=order, flops=flops, times=times)
         keep_last = keep_last is not False
+        errors = self._greedy_errors(rows)
         if compute is not None:
-            alpha = self.alpha_for(compute, keep_last=keep_last)
+            flops = self._flops() if errors.keys() == self.groups.keys() else None
+            alpha = alpha_for(errors, self._share_of_flops(compute), flops, keep_last)
         number = scalar(alpha)
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not number >= 0:
             raise CalibrationError(f"alpha is {alpha!r}, expected a number of at least 0, such as 0.18")
-        found = {group: scan(self.error(group), number, keep_last) for group in self.groups}
+        scanned = {key: scan(error, number, keep_last) for key, error in errors.items()}
+        found = {group: scanned[group if group in scanned else ALL] for group in self.groups}
         return Schedule(self.steps, found, order=order, flops=self._flops(), times=times)
 
     def predicted_error(self, schedule: Schedule) -> float:
@@ -205,6 +209,16 @@ class Calibration:
         number = self._share_of_flops(compute)
         errors = {group: self.error(group) for group in self.groups}
         return alpha_for(errors, number, self._flops(), keep_last)
+
+    def _greedy_errors(self, rows: str | None) -> dict[str, NDArray[np.float64]]:
+        """What the paper's rule goes by: each group's error, or for joint rows the largest of all groups."""
+        errors = {group: self.error(group) for group in self.groups}
+        if rows in (None, "group"):
+            return errors
+        if rows == "joint":
+            return {ALL: np.maximum.reduce(list(errors.values()))}
+        hint = "; rows of sites need solver='optimal'" if rows == "site" else ""
+        raise CalibrationError(f"rows is {rows!r}, expected 'joint' or 'group' with the greedy solver{hint}")
 
     def _share_of_flops(self, compute: object) -> float:
         number = scalar(compute)

@@ -129,7 +129,9 @@ def parser() -> argparse.ArgumentParser:
         "--solver", choices=("greedy", "optimal"), help="of --compute: the paper's rule, or the least predicted error"
     )
     schedule.add_argument(
-        "--rows", choices=("joint", "group", "site"), help="of --solver optimal: what has a row of its own"
+        "--rows",
+        choices=("joint", "group", "site"),
+        help="one row for all groups, one for each group, or one for each site (the last with --solver optimal)",
     )
     schedule.add_argument("--order", type=int, default=0, help="of the forecasts that reused branches read (0)")
     schedule.add_argument(
@@ -338,8 +340,6 @@ def _schedule(options: argparse.Namespace) -> None:
     else:
         calibration = Calibration.load(options.calibration)
         solver = options.solver or "greedy"
-        if options.rows and solver == "greedy":
-            raise ValueError("--rows is for --solver optimal; the greedy solver gives each group a row")
         schedule = calibration.schedule(
             alpha=options.alpha, compute=options.compute, solver=solver, order=options.order, rows=options.rows
         )

@@ -325,6 +325,26 @@ def test_a_budget_is_met_as_well_as_any_alpha_meets_it(calibration, twentieths, 
     assert schedule == calibration.schedule(alpha=alpha, keep_last=keep_last)
 
 
+@given(models(), levels, st.booleans())
+def test_joint_rows_reuse_where_all_groups_may(calibration, alpha, keep_last):
+    largest = np.maximum.reduce([calibration.error(group) for group in calibration.groups])
+    rows = calibration.schedule(alpha=alpha, rows="joint", keep_last=keep_last).compute
+    assert rows.keys() == calibration.groups.keys()
+    for row in rows.values():
+        assert "".join("1" if computed else "0" for computed in row) == row_of(largest, alpha, keep_last=keep_last)
+
+
+@given(models(), st.integers(1, 20))
+def test_a_budget_is_met_with_joint_rows(calibration, twentieths):
+    tried = [calibration.schedule(alpha=level / 10, rows="joint").compute_fraction for level in range(7)]
+    allowed = [fraction for fraction in tried if fraction <= twentieths / 20]
+    if not allowed:
+        with pytest.raises(CalibrationError, match=f"the least is {min(tried):.4g}"):
+            calibration.schedule(compute=twentieths / 20, rows="joint")
+        return
+    assert calibration.schedule(compute=twentieths / 20, rows="joint").compute_fraction == max(allowed)
+
+
 def test_a_budget_is_met_exactly_whatever_the_flops_are():
     curve = curve_with(50, 3, [(0, 3), (4, 2), (7, 2), *((source, 1) for source in range(10, 49, 2))])
     flops = {"blocks.*.attn": 0.1, "blocks.*.mlp": 0.2, "blocks.*.cross": 0.3}
@@ -456,6 +476,8 @@ def test_observations_outside_the_arrays(lag, step):
         ({"compute": 1.01}, r"compute is 1\.01"),
         ({"compute": math.nan}, "compute is nan"),
         ({"compute": "half"}, "compute is 'half'"),
+        ({"compute": 0.5, "rows": "nonsense"}, "rows is 'nonsense', expected 'joint' or 'group' with the greedy"),
+        ({"alpha": 0.1, "rows": "site"}, "rows is 'site', .* rows of sites need solver='optimal'"),
     ],
 )
 def test_misuse_of_schedule(arguments, message):
