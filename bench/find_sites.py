@@ -16,7 +16,7 @@ from smoothcache_fx.passes import find_sites
 
 from smoothcache_fx import Schedule, _torch
 from smoothcache_fx.backend import Session
-from smoothcache_fx.clock import Clock
+from smoothcache_fx.clock import Clock, ModelCall
 from smoothcache_fx.inner import inner_compiler
 
 
@@ -36,7 +36,7 @@ def captured_graph(layers: int) -> torch.fx.Graph:
         pos_embed_max_size=8,
     ).eval()
     session = Session(Schedule(steps=1), inner_compiler("eager", None, None, None), Clock(1), model)
-    session.clock.tick()
+    session.current.call = ModelCall(session.clock.tick())
     with torch.no_grad():
         _torch.dynamo_compile(model.forward, session)(
             torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16), torch.randn(1, 16), torch.tensor([500])

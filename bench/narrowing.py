@@ -20,7 +20,7 @@ from torch import nn
 
 from smoothcache_fx import Schedule, _torch
 from smoothcache_fx.backend import Session
-from smoothcache_fx.clock import Clock
+from smoothcache_fx.clock import Clock, ModelCall
 from smoothcache_fx.inner import inner_compiler
 from smoothcache_fx.tables import format_table
 
@@ -79,7 +79,7 @@ def count(make: Callable[[], Made]) -> dict[str, int]:
     with torch.device("meta"):
         model, inputs = make()
     session = Session(Schedule(steps=1), inner_compiler("eager", None, None, None), Clock(1), model.eval())
-    session.clock.tick()
+    session.current.call = ModelCall(session.clock.tick())
     with torch.no_grad():
         _torch.dynamo_compile(model.forward, session)(**inputs)
     (program,) = session.programs

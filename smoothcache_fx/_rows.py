@@ -81,22 +81,30 @@ def row_of(key: str, row: object, steps: int) -> tuple[bool, ...]:
     return tuple(map(bool, values))
 
 
-def times_of(times: object, steps: int) -> tuple[float, ...]:
-    """The positions of `steps` steps as finite floats, strictly rising or falling."""
-    if isinstance(times, (str, bytes, Mapping)) or not isinstance(times, Iterable):
-        raise ScheduleError(f"times is {times!r}, expected a number for each of the {steps} steps, or None")
-    values = [scalar(value) for value in times]
+def numbers_of(
+    numbers: object, name: str, steps: int, error: type[SmoothCacheError] = ScheduleError
+) -> tuple[float, ...]:
+    """`steps` finite floats."""
+    if isinstance(numbers, (str, bytes, Mapping)) or not isinstance(numbers, Iterable):
+        raise error(f"{name} is {numbers!r}, expected a number for each of the {steps} steps, or None")
+    values = [scalar(value) for value in numbers]
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ScheduleError(f"times has {value!r}, expected finite numbers, such as timesteps")
+            raise error(f"{name} has {value!r}, expected finite numbers, such as timesteps")
     if len(values) != steps:
-        raise ScheduleError(f"times has {len(values)} entries, expected one for each of the {steps} steps")
+        raise error(f"{name} has {len(values)} entries, expected one for each of the {steps} steps")
+    return tuple(map(float, values))
+
+
+def times_of(times: object, steps: int) -> tuple[float, ...]:
+    """The positions of `steps` steps as finite floats, strictly rising or falling."""
+    values = numbers_of(times, "times", steps)
     gaps = [after - before for before, after in pairwise(values)]
     if not (all(gap > 0 for gap in gaps) or all(gap < 0 for gap in gaps)):
         raise ScheduleError(
             "times neither rises nor falls from each step to the next; give each step a time of its own"
         )
-    return tuple(map(float, values))
+    return values
 
 
 def weights_of(flops: object, selectors: Iterable[str]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo.convert_frame
 import torch._logging
 from torch._dynamo import config as dynamo_config
 from torch._functorch._aot_autograd.descriptors import (
@@ -22,6 +23,11 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
+#: Held by Dynamo while it compiles a frame.
+compile_lock = torch._dynamo.convert_frame.compile_lock
+#: Inside of these, tensor subclasses' ``__torch_function__`` is passed by, or is not again.
+NoTorchFunction = torch._C.DisableTorchFunctionSubclass
+TorchFunction = torch._C._EnableTorchFunction
 InnerCompile = Callable[..., Any]
 #: What Dynamo and its backends raise where a function cannot be compiled.
 CompileError = torch._dynamo.exc.TorchDynamoException

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _torch
 from .build import GraphBuilder
-from .clock import Clock
+from .clock import Clock, CurrentCall, ModelCall, StepClock
 from .errors import ScheduleError
 from .inner import CompileVariant, InnerCompiler, inner_compiler
 from .passes import container_of, work_outside
@@ -82,32 +82,37 @@ class Program:
         self._weights_among = picker(frame.weights)
         self._weight_names: list[dict[int, str]] = []
         self._places: dict[tuple[int, ...], _Place] = {}
-        self._last_key: tuple[int, ...] | None = None
-        self._last_place: _Place | None = None
+        self._last: tuple[tuple[int, ...] | None, _Place | None] = None, None
 
-    def bind(self, inputs: Sequence[Any]) -> Binding:
+    def bind(self, inputs: Sequence[Any], call: ModelCall) -> Binding:
         """The binding for the frame's inputs: the weights say at which module, the count says which call of it."""
         weights = self._weights_among(inputs)
         key = tuple(map(id, weights))
-        if key == self._last_key:  # to compare hundreds of numbers is faster than to hash them
-            place = self._last_place
-        else:
+        last_key, place = self._last  # both at once: other threads set them, too
+        if key != last_key:  # to compare hundreds of numbers is faster than to hash them
+            place = self._place(key, weights)
+            self._last = key, place
+        if call.graphs:
+            self.session.broken = True
+        call.graphs += 1
+        ordinal = call.ordinals.get(place, 0)
+        call.ordinals[place] = ordinal + 1
+        if ordinal >= len(place.bindings):
+            with _torch.compile_lock:
+                while ordinal >= len(place.bindings):
+                    binding = self._new_binding(inputs, len(place.bindings))
+                    place.bindings.append(binding)
+                    self.bindings.append(binding)
+        return place.bindings[ordinal]
+
+    def _place(self, key: tuple[int, ...], weights: Sequence[torch.Tensor]) -> _Place:
+        with _torch.compile_lock:
             place = self._places.get(key)
             if place is None:
                 place = self._places[key] = _Place()
                 leave = functools.partial(_leave, weakref.ref(self), key)
                 place.weights = [weakref.ref(weight, leave) for weight in weights]
-            self._last_key, self._last_place = key, place
-        serial = self.session.clock.serial
-        self.session.broken |= self.session.ran_at == serial
-        self.session.ran_at = serial
-        call = place.calls if place.serial == serial else 0
-        place.serial, place.calls = serial, call + 1
-        if call == len(place.bindings):
-            binding = self._new_binding(inputs, call)
-            place.bindings.append(binding)
-            self.bindings.append(binding)
-        return place.bindings[call]
+            return place
 
     def flops_outside(self, containers: Collection[str]) -> int:
         """FLOPs of these lists of blocks that lie outside of sites, over all bindings."""
@@ -123,7 +128,7 @@ class Program:
     def leave(self, key: tuple[int, ...]) -> None:
         """Free the caches of a place that has lost a weight: another one may have its identity next."""
         place = self._places.pop(key, None)
-        self._last_key = self._last_place = None
+        self._last = None, None
         for binding in () if place is None else place.bindings:
             binding.streams.clear()
 
@@ -132,7 +137,7 @@ class Program:
         self.bindings.clear()
         self._weight_names.clear()
         self._places.clear()
-        self._last_key = self._last_place = None
+        self._last = None, None
         self.dispatcher.close()
 
     def _new_binding(self, inputs: Sequence[Any], call: int) -> Binding:
@@ -180,20 +185,20 @@ class _Place:
     def __init__(self) -> None:
         self.bindings: list[Binding] = []
         self.weights: list[weakref.ref[torch.Tensor]] = []
-        self.serial = -1
-        self.calls = 0
 
 
 class Session:
     """What all programs of one compiled model share: the schedule, the clock, the names of the weights."""
 
-    def __init__(self, schedule: Schedule, inner: InnerCompiler, clock: Clock, root: torch.nn.Module | None) -> None:
+    def __init__(
+        self, schedule: Schedule, inner: InnerCompiler, clock: StepClock, root: torch.nn.Module | None
+    ) -> None:
         self.schedule = schedule
         self.inner = inner
         self.clock = clock
+        #: The call that each thread is in.
+        self.current = CurrentCall()
         self.programs: list[Program] = []
-        #: The clock's serial of the last call in which any program ran.
-        self.ran_at = 0
         #: Whether more than one graph has run in one call of the model.
         self.broken = False
         #: Modules that stand as one op in the graph, by name, since it would break inside of them.
@@ -231,7 +236,8 @@ class Session:
     def set_aside(self) -> dict[str, Any]:
         """Start without programs, as if nothing had run; returns what ``put_back`` takes."""
         kept = {"programs": self.programs, "broken": self.broken}
-        self.programs, self.broken, self.ran_at = [], False, 0
+        self.programs, self.broken = [], False
+        self.current.call = ModelCall(self.current.call.moment)
         return kept
 
     def put_back(self, kept: dict[str, Any]) -> None:
@@ -242,7 +248,7 @@ class Session:
 
     def dispatcher(self, builder: GraphBuilder) -> Dispatcher:
         """What runs the calls of a program; calibration puts an observer here."""
-        return GuardedProgram(builder, self.clock)
+        return GuardedProgram(builder, self.current, _torch.compile_lock)
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The backend as Dynamo calls it: once per captured frame."""
@@ -317,8 +323,11 @@ def compile_frame(session: Session, gm: GraphModule, inputs: Sequence[Any]) -> t
     program = made[-1]  # another one came before it where what was on disk could not be used
 
     def run(*arguments: Any) -> Any:
-        program.dispatcher.binding = program.bind(arguments)
-        return compiled(*arguments)
+        call = session.current.call
+        call.binding = program.bind(arguments, call)
+        # Dynamo has traced through __torch_function__: an op of the graph must not meet it on a weight again.
+        with _torch.NoTorchFunction():
+            return compiled(*arguments)
 
     return program, run
 
@@ -369,13 +378,15 @@ def smoothcache_backend(
 
     @functools.wraps(run)
     def tick_and_run(*arguments: Any) -> Any:
-        clock = session.clock = program.dispatcher.clock = clock_of(arguments)
-        clock.tick()
+        clock = session.clock = clock_of(arguments)
+        session.current.call = ModelCall(clock.tick())
         try:
             return run(*arguments)
         except BaseException:
             clock.abandon()
             raise
+        finally:
+            session.current.call.end()
 
     return tick_and_run
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ._effects import Effects
 from ._files import check_header, read_object
 from ._plans import optimal_rows, predicted_error
-from ._rows import scalar, whole_number
+from ._rows import numbers_of, scalar, whole_number
 from ._solve import alpha_for, scan
 from ._statistics import Moments, combine, half_width
 from .errors import CalibrationError
@@ -44,6 +44,7 @@ class Calibration:
         effects: what reads do to the model's output, if ``calibrate`` was given an ``order``.
         sensitivity: how errors reach the final sample, float64 [steps] by group, or `ALL` for all groups together
             (``measure_sensitivity``); what is not in it counts the same at each step.
+        timesteps: of each step, if all trajectories had the same. Schedules made of the calibration keep them.
     """
 
     steps: int
@@ -53,6 +54,7 @@ class Calibration:
     metadata: dict[str, Any] = field(default_factory=dict)
     effects: Effects | None = None
     sensitivity: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    timesteps: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         self.steps = whole_number(self.steps, "steps", 1, CalibrationError)
@@ -77,6 +79,8 @@ class Calibration:
                 raise CalibrationError(f"site {site.name!r} has products of {len(site.products.count)} steps")
         if self.effects is not None and len(self.effects.sketch) != self.steps:
             raise CalibrationError(f"effects of {len(self.effects.sketch)} steps, expected {self.steps}")
+        if self.timesteps is not None:
+            self.timesteps = numbers_of(self.timesteps, "timesteps", self.steps, CalibrationError)
         if not isinstance(self.sensitivity, dict):
             raise CalibrationError(f"sensitivity is a {type(self.sensitivity).__name__}, expected a dict")
         self.sensitivity = {key: self._checked(key, values) for key, values in self.sensitivity.items()}
@@ -97,7 +101,7 @@ class Calibration:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Calibration):
             return NotImplemented
-        names = ("steps", "lags", "sites", "history_bytes", "metadata", "effects")
+        names = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "timesteps")
         return all(getattr(self, name) == getattr(other, name) for name in names) and (
             {key: values.tolist() for key, values in self.sensitivity.items()}
             == {key: values.tolist() for key, values in other.sensitivity.items()}
@@ -173,7 +177,7 @@ class Calibration:
             found = optimal_rows(self, budget, order, rows, times, bool(keep_last))
             flops = self._flops() if rows != "site" else {site.name: site.flops for site in self.sites}
             flops = flops if flops and any(flops.values()) else None
-            return Schedule(self.steps, found, order=order, flops=flops, times=times)
+            return Schedule(self.steps, found, order=order, flops=flops, times=times, timesteps=self.timesteps)
         keep_last = keep_last is not False
         errors = self._greedy_errors(rows)
         if compute is not None:
@@ -184,7 +188,7 @@ class Calibration:
             raise CalibrationError(f"alpha is {alpha!r}, expected a number of at least 0, such as 0.18")
         scanned = {key: scan(error, number, keep_last) for key, error in errors.items()}
         found = {group: scanned[group if group in scanned else ALL] for group in self.groups}
-        return Schedule(self.steps, found, order=order, flops=self._flops(), times=times)
+        return Schedule(self.steps, found, order=order, flops=self._flops(), times=times, timesteps=self.timesteps)
 
     def predicted_error(self, schedule: Schedule) -> float:
         """What a schedule that has one row and one order for all groups is predicted to be off by at the end.
@@ -229,8 +233,8 @@ class Calibration:
     def merge(self, other: Calibration) -> Calibration:
         """The observations of both, for calibrations of one model with the same steps and lags.
 
-        `history_bytes` is the larger one; of the metadata, what both agree on; of sensitivities, the first's where it
-        has them.
+        `history_bytes` is the larger one; of metadata and timesteps, what both agree on; of sensitivities, the
+        first's where it has them.
 
         Raises:
             CalibrationError: if steps, lags or sites differ.
@@ -258,7 +262,8 @@ class Calibration:
         both = self.effects is not None and other.effects is not None
         effects = self.effects.merge(other.effects) if both else None
         sensitivity = {**other.sensitivity, **self.sensitivity}
-        return Calibration(self.steps, self.lags, sites, history_bytes, metadata, effects, sensitivity)
+        timesteps = self.timesteps if self.timesteps == other.timesteps else None
+        return Calibration(self.steps, self.lags, sites, history_bytes, metadata, effects, sensitivity, timesteps)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything as JSON, one line per site; `load` gives an equal calibration back.
@@ -281,6 +286,8 @@ class Calibration:
             f'  "sensitivity": {json.dumps({key: values.tolist() for key, values in self.sensitivity.items()})}',
             '  "sites": [\n' + ",\n".join(f"    {json.dumps(site.to_json())}" for site in self.sites) + "\n  ]",
         ]
+        if self.timesteps is not None:
+            lines.insert(-1, f'  "timesteps": {json.dumps(self.timesteps)}')
         Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
     @classmethod
@@ -295,6 +302,8 @@ class Calibration:
         keys = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "sensitivity")
         if data.get("format") == FORMAT and data.get("version") == 1:
             data = {"effects": None, "sensitivity": {}, **data}
+        if "timesteps" in data:
+            keys = (*keys, "timesteps")
         check_header(data, path, format=FORMAT, version=VERSION, keys=keys, error=CalibrationError)
         try:
             if not isinstance(data["sites"], list):
@@ -302,7 +311,7 @@ class Calibration:
             sites = [SiteErrors.from_json(site) for site in data["sites"]]
             effects = None if data["effects"] is None else Effects.from_json(data["effects"])
             arguments = [data[key] for key in ("steps", "lags")], [data[key] for key in ("history_bytes", "metadata")]
-            return cls(*arguments[0], sites, *arguments[1], effects, data["sensitivity"])
+            return cls(*arguments[0], sites, *arguments[1], effects, data["sensitivity"], data.get("timesteps"))
         except CalibrationError as reason:
             raise CalibrationError(f"{str(path)!r} holds no valid calibration: {reason}") from reason
 

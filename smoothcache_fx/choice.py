@@ -81,7 +81,7 @@ def choose(
     probes: int = 4,
     calibration: Calibration | None = None,
     steps: int | None = None,
-    calls_per_step: int = 1,
+    calls_per_step: int | None = None,
     backend: str = "eager",
     progress: bool = True,
     **options: Any,
@@ -204,7 +204,16 @@ def _candidates(calibration: Calibration, count: int, orders: Sequence[int]) -> 
         for name, schedule in (
             ("optimal", optimal),
             *(
-                (name, Schedule(steps, dict.fromkeys(optimal.compute, row), order=order, flops=optimal.flops))
+                (
+                    name,
+                    Schedule(
+                        steps,
+                        dict.fromkeys(optimal.compute, row),
+                        order=order,
+                        flops=optimal.flops,
+                        timesteps=optimal.timesteps,
+                    ),
+                )
                 for name, row in rows.items()
             ),
         ):

@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
         "--probes", type=int, help="with --order: runs to see how errors at a step reach the end (4; 0 for none)"
     )
     calibrate.add_argument("--steps", type=int, help="of a trajectory, if the model has no timestep to tell it by")
-    calibrate.add_argument("--calls-per-step", type=int, default=1, help="of a bare model (1)")
+    calibrate.add_argument("--calls-per-step", type=int, help="of a bare model (1)")
     calibrate.add_argument("--progress", action=argparse.BooleanOptionalAction, help=PROGRESS)
 
     schedule = command(
@@ -157,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
     choose.add_argument("--trajectories", type=int, default=20, help="how often to sample in all, at most (20)")
     choose.add_argument("--probes", type=int, default=4, help="of them, to see how errors at a step reach the end (4)")
     choose.add_argument("--steps", type=int, help="of a trajectory, if the model has no timestep to tell it by")
-    choose.add_argument("--calls-per-step", type=int, default=1, help="of a bare model (1)")
+    choose.add_argument("--calls-per-step", type=int, help="of a bare model (1)")
     choose.add_argument("--progress", action=argparse.BooleanOptionalAction, help=PROGRESS)
 
     convert = command(
@@ -205,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--backend", default="inductor", help="inner compiler (inductor)")
     compare.add_argument("--mode", help="as for torch.compile")
     compare.add_argument("--rounds", type=int, default=1, help="timed rounds (1)")
-    compare.add_argument("--calls-per-step", type=int, default=1, help="of a bare model (1)")
+    compare.add_argument("--calls-per-step", type=int, help="of a bare model (1)")
     compare.add_argument("--progress", action=argparse.BooleanOptionalAction, help=PROGRESS)
     compare.add_argument("--plot", type=Path, help="draw the frontier")
     compare.add_argument("--json", action="store_true", help="for machines")

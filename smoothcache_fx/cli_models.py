@@ -239,14 +239,14 @@ def _place(models: Iterable[torch.nn.Module], schedules: Mapping[str, Schedule] 
     for model in models:
         compiled = forward_of(model)
         session = getattr(ForwardPlace(model).forward, "recorder", None) if compiled is None else compiled.session
-        if session is not None and session.clock.serial:
+        if session is not None and session.clock.latest.step >= 0:
             sessions.append(session)
     if not sessions:
         return "before the first call"
     # Of a pipeline's denoisers, the one that was called last: an idle one stays where it was.
-    session = max(sessions, key=lambda session: (session.clock.trajectory, session.clock.step))
+    session = max(sessions, key=lambda session: (session.clock.latest.trajectory, session.clock.latest.step))
     clock = session.clock
-    place = f"step {clock.step + 1}, trajectory {max(1, clock.trajectories)}"
+    place = f"step {clock.latest.step + 1}, trajectory {max(1, clock.trajectories)}"
     if schedules is None:
         return place
     return f"{next((name for name, s in schedules.items() if s is session.schedule), UNCACHED)}: {place}"

@@ -111,7 +111,7 @@ def compare(
     *,
     metrics: Mapping[str, Metric] | None = None,
     rounds: int = 1,
-    calls_per_step: int = 1,
+    calls_per_step: int | None = None,
     **options: Any,
 ) -> Comparison:
     """Sample with the same seeds uncached and with each schedule, and say how fast and how far apart they are.

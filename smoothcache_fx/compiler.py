@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from .backend import Session
-from .clock import Clock
+from .clock import Clock, StepClock
 from .errors import CompiledError
 from .forward import CompiledForward, ForwardPlace, compiled_forwards, forward_of
 from .inner import InnerCompiler, inner_compiler
@@ -30,7 +30,7 @@ def compile(
     dynamic: bool | None = None,
     fullgraph: bool = False,
     options: dict[str, Any] | None = None,
-    calls_per_step: int = 1,
+    calls_per_step: int | None = None,
 ) -> Model:
     """Compile a Diffusion Transformer, or those of a pipeline, so that it follows a caching schedule.
 
@@ -50,7 +50,8 @@ def compile(
             ``torch._dynamo.list_backends(None)``.
         mode, dynamic, fullgraph, options: as for ``torch.compile``; ``guard_filter_fn`` among the options is Dynamo's.
         calls_per_step: how often the sampler calls the model in one step (2 for a conditional and an unconditional
-            call). The calls of one step have caches of their own. Not for pipelines, where it need not be known.
+            call). The calls of one step have caches of their own. By default each call is a step, and two calls in a
+            row at one timestep are an error; 1 allows them. Not for pipelines, where it need not be known.
 
     Returns:
         The same object.
@@ -61,28 +62,29 @@ def compile(
         ValueError: ``calls_per_step`` is not positive, or is given for a pipeline.
         ScheduleError: at the first call, where the schedule selects sites that the model does not have.
         NoSitesError: at the first call, where the model has no residual branch.
-        StepError: at a call, where the sampler takes another number of steps than the schedule has; of a pipeline
-            when its scheduler's ``set_timesteps`` is called.
+        StepError: at a call of a bare model that goes on after the schedule's last step, that comes from a second
+            thread before the first one's trajectory has ended, or that repeats the last one's timestep; of a pipeline
+            when its scheduler's ``set_timesteps`` is given another number of steps than the schedule has.
     """
     if not isinstance(schedule, Schedule):
         raise TypeError(
             f"schedule must be a smoothcache Schedule, got {type(schedule).__name__}; "
             "make one with Schedule(...), Schedule.uniform(...) or calibration.schedule(...)"
         )
-    if not isinstance(calls_per_step, int) or calls_per_step < 1:
+    if calls_per_step is not None and (not isinstance(calls_per_step, int) or calls_per_step < 1):
         raise ValueError(f"calls_per_step must be a positive number of model calls, got {calls_per_step!r}")
     settings = {"backend": backend, "mode": mode, "dynamic": dynamic, "fullgraph": fullgraph, "options": options}
     if not is_pipeline(model_or_pipeline):
         check_compilable(model_or_pipeline)
-        _install(model_or_pipeline, schedule, Clock(schedule.steps, calls_per_step), settings)
+        _install(model_or_pipeline, schedule, Clock(schedule.steps, calls_per_step, schedule.timesteps), settings)
         return model_or_pipeline
-    if calls_per_step != 1:
+    if calls_per_step not in (None, 1):
         raise ValueError(f"calls_per_step is {calls_per_step}, but a pipeline's scheduler tells where a step ends")
     models = denoisers(model_or_pipeline)
     if not _join(model_or_pipeline, models, schedule, settings):
-        for model in models.values():
-            check_compilable(model)
-        shared = SchedulerClock(schedule.steps)
+        for name in models:
+            check_compilable(model_or_pipeline.components[name])
+        shared = SchedulerClock(schedule.steps, schedule.timesteps)
         _inner_compiler(settings)  # raises for bad arguments before anything is replaced
         forwards = [_install(model, schedule, DenoiserClock(shared), settings) for model in models.values()]
         for forward in forwards:
@@ -93,7 +95,7 @@ def compile(
 
 
 def _install(
-    model: torch.nn.Module, schedule: Schedule, clock: Clock | DenoiserClock, settings: Mapping[str, Any]
+    model: torch.nn.Module, schedule: Schedule, clock: StepClock, settings: Mapping[str, Any]
 ) -> CompiledForward:
     session = Session(schedule, _inner_compiler(settings), clock, model)
     session.close_with(model)

@@ -16,7 +16,7 @@ import torch
 from . import _torch
 from .backend import Program, Session, breaks_of, share_outside
 from .build import GraphBuilder
-from .clock import Clock
+from .clock import Clock, ModelCall
 from .dumping import write_session
 from .errors import CompiledError
 from .forward import ForwardPlace, check_inference, compiled_forward, forward_of, no_sites_error
@@ -203,7 +203,7 @@ class _CaptureSession(Session):
 
 def _new_session(kind: type[Session], model: torch.nn.Module, history: Schedule) -> Session:
     session = kind(history, inner_compiler("eager", None, None, None), Clock(1), model)
-    session.clock.tick()
+    session.current.call = ModelCall(session.clock.tick())
     return session
 
 

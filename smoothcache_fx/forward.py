@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .backend import Session, breaks_of, check_selectors
-from .clock import Call, TimestepReader
+from .clock import Call, ModelCall, TimestepReader
 from .cuda_graphs import owned
 from .dumping import write_session
 from .errors import CompiledError, NoSitesError
@@ -29,6 +29,16 @@ log = logging.getLogger(__name__)
 # it; a reference from here would hold the model.
 _forwards = WeakIdKeyDictionary()
 _dump_numbers = itertools.count()
+
+
+_NOT_EXPORTED = (
+    "a compiled model cannot be exported or traced: what it computes differs from step to step. Call "
+    "smoothcache.remove(model) first"
+)
+
+
+class _NotExportedError(CompiledError, AttributeError):
+    """For ``hasattr``, too."""
 
 
 class CompiledForward:
@@ -80,15 +90,29 @@ class CompiledForward:
         self.session.close()
         del _forwards[self.model]
 
+    # torch.compile on top of the compiled model: Dynamo must not trace what tells the step.
+    @torch.compiler.disable(
+        reason="smoothcache_fx has compiled this model already, and what it computes differs from step to step: it can "
+        "be neither exported nor part of another graph. smoothcache.remove(model) gives the plain model back"
+    )
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return self.original(*args, **kwargs)
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise _NotExportedError(_NOT_EXPORTED)
         return self.run(args, kwargs)
+
+    @property
+    def __code__(self) -> Any:
+        raise _NotExportedError(_NOT_EXPORTED)
+
+    __globals__ = __code__
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_inference(self.model, args, kwargs)
         clock = self.session.clock
-        clock.enter(Call(type(self.model).__name__, self._timestep, args, kwargs))
+        moment = clock.enter(Call(type(self.model).__name__, self._timestep, args, kwargs))
+        call = self.session.current.call = ModelCall(moment)
         try:
             with torch.no_grad():
                 output = self._compiled(*args, **kwargs)
@@ -100,10 +124,11 @@ class CompiledForward:
             clock.abandon()
             raise
         finally:
+            call.end()
             if self._dump_directory is not None:
                 self._dump()
         self.calls += 1
-        if self.session.ran_at != clock.serial:
+        if not call.graphs:
             self._note_uncompiled_call()
         return output
 
@@ -223,6 +248,8 @@ def check_inference(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
         else:
             leaves = (value,)
         for leaf in leaves:
+            if isinstance(leaf, torch.fx.Proxy):
+                raise _NotExportedError(_NOT_EXPORTED)
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 raise CompiledError(
                     f"the input {name!r} requires gradients, but a cached branch has none: pass "

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils import _pytree as pytree
 
-from .clock import Call, Clock, TimestepReader
+from ._replay import copied
+from .clock import Call, Clock, ModelCall, StepClock, TimestepReader
 from .compiler import check_compilable
 from .errors import CalibrationError
 from .forward import ForwardPlace, check_inference, no_sites_error
@@ -41,15 +41,17 @@ class _ObservedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         check_inference(self.model, args, kwargs)
         clock = self.recorder.clock
-        clock.enter(Call(type(self.model).__name__, self._timestep, args, kwargs), wait=True)
+        moment = clock.enter(Call(type(self.model).__name__, self._timestep, args, kwargs), wait=True)
+        self.recorder.current.call = ModelCall(moment)
         if clock.trajectories > len(self.lengths):
             self.lengths.append(0)
         # The call may write to its own inputs.
-        again = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs)) if self.recorder.calls_again else None
+        again = copied((args, kwargs)) if self.recorder.calls_again else None
         with torch.no_grad():
             output = self._compiled(*args, **kwargs)
             if again is not None:
                 output = self.recorder.call_again(lambda: self._compiled(*again[0], **again[1]), output)
+        self.recorder.current.call.end()
         if not self.recorder.sites:
             raise no_sites_error(self.model, self.recorder)
         self.lengths[-1] += 1
@@ -59,30 +61,35 @@ class _ObservedForward:
 
 @dataclass
 class Observed(Generic[R]):
-    """A model or pipeline whose denoisers are observed: a recorder each, and the steps of each trajectory so far."""
+    """A model or pipeline whose denoisers are observed: a recorder each, and of the trajectories so far the number of
+    steps and the sequences of timesteps."""
 
     recorders: list[R]
     steps: Callable[[], int]
+    sequences: Callable[[], set[tuple[float | None, ...]]]
 
 
 @contextlib.contextmanager
 def observing(
     model_or_pipeline: Any,
-    recorder: Callable[[torch.nn.Module, Clock | DenoiserClock], R],
+    recorder: Callable[[torch.nn.Module, StepClock], R],
     steps: int | None,
-    calls_per_step: int,
+    calls_per_step: int | None,
     progress: bool,
 ) -> Iterator[Observed[R]]:
     """Observe while the ``with`` lasts. The model is then as it was; what was kept of outputs is freed."""
     with _progress_bar(progress) as bar, contextlib.ExitStack() as restore:
         if not is_pipeline(model_or_pipeline):
             check_compilable(model_or_pipeline)
-            only = recorder(model_or_pipeline, Clock(steps, calls_per_step))
+            clock = Clock(steps, calls_per_step)
+            only = recorder(model_or_pipeline, clock)
             forward = _observe(only, model_or_pipeline, bar, restore)
-            yield Observed([only], lambda: _whole_steps(forward.lengths, calls_per_step, steps))
+            yield Observed(
+                [only], lambda: _whole_steps(forward.lengths, calls_per_step or 1, steps), clock.all_sequences
+            )
             return
         models = denoisers(model_or_pipeline).values()
-        if calls_per_step != 1:
+        if calls_per_step not in (None, 1):
             raise CalibrationError("calls_per_step is for bare models: a pipeline's scheduler ends a step")
         shared = SchedulerClock(steps)
         recorders = []
@@ -93,7 +100,7 @@ def observing(
             restore.callback(follow_cache_context(model, recorders[-1].clock))
         restore.callback(shared.detach)
         shared.attach(model_or_pipeline)
-        yield Observed(recorders, lambda: _steps_of(shared))
+        yield Observed(recorders, lambda: _steps_of(shared), lambda: shared.sequences)
 
 
 def _observe(

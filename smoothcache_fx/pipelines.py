@@ -36,6 +36,7 @@ def denoisers(pipeline: Any) -> dict[str, torch.nn.Module]:
         )
     found, looked_at = {}, []
     for name, part in pipeline.components.items():
+        part = getattr(part, "_orig_mod", part)  # torch.compile's wrapper on top of a compiled model
         if isinstance(part, torch.nn.Module):
             looked_at.append(f"{name} ({type(part).__name__})")
             if "ControlNet" not in type(part).__name__ and _takes_timestep(type(part)):
@@ -57,16 +58,11 @@ def follow_cache_context(model: torch.nn.Module, clock: DenoiserClock) -> Callab
     if not hasattr(model, "cache_context"):
         return lambda: None
     original, replaced = model.cache_context, model.__dict__.get("cache_context")
-    streams = clock.streams
 
     @contextlib.contextmanager
     def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        before, streams.name = streams.name, name
-        try:
-            with original(name, *args, **kwargs):
-                yield
-        finally:
-            streams.name = before
+        with clock.naming(name), original(name, *args, **kwargs):
+            yield
 
     model.cache_context = cache_context
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from . import forecast
-from .clock import Clock
+from .clock import CurrentCall
 
 log = logging.getLogger(__name__)
 
@@ -336,10 +338,9 @@ def _clear(buffers: Sequence[torch.Tensor | None]) -> None:
 
 
 class Dispatcher(Protocol):
-    """Runs a captured graph. ``binding`` is set before each call; inputs come as one list, which may be cleared."""
+    """Runs a captured graph. The call that the thread is in has its binding; inputs come as one list, to be cleared."""
 
     _boxed_call: bool
-    binding: Binding | None
 
     def __call__(self, inputs: list[Any]) -> Sequence[Any]: ...
 
@@ -351,45 +352,50 @@ class GuardedProgram:
 
     _boxed_call = True  # tells AOTAutograd that the inputs come as one list
 
-    def __init__(self, builder: VariantBuilder, clock: Clock) -> None:
+    def __init__(self, builder: VariantBuilder, current: CurrentCall, compiling: AbstractContextManager[Any]) -> None:
         self.builder = builder
-        self.clock = clock
+        self.current = current
         self.variants: dict[Hashable, Variant] = {}
-        self.binding: Binding | None = None
+        #: Held where a variant is compiled: only one thread may compile at a time.
+        self._compiling = compiling
+        #: Held where a binding is read and changed.
+        self._lock = threading.Lock()
         self._holds: dict[tuple[Any, ...], bool] = {}
 
     def __call__(self, inputs: list[Any]) -> Sequence[Any]:
-        binding, clock = self.binding, self.clock
+        call = self.current.call
+        binding, moment = call.binding, call.moment
         signature = tuple([inputs[i] for i in self.builder.shape_inputs])
-        stream = binding.stream(clock.stream, tuple([inputs[i] for i in self.builder.size_inputs]))
-        mask = binding.decide(stream, clock.trajectory, clock.step)
-        variant = self._variant(mask, signature, inputs)
+        with self._lock:
+            stream = binding.stream(moment.stream, tuple([inputs[i] for i in self.builder.size_inputs]))
+            mask = binding.decide(stream, moment.trajectory, moment.step)
+        variant = self._variant(binding, mask, signature, inputs)
         buffers = stream.arguments.get((variant, stream.heads))
         if buffers is None:
             buffers = binding.arguments(stream, variant, mask, self.builder, inputs)
         arguments = [*variant.pick_inputs(inputs), *buffers]
         if variant.weighs:
-            arguments.append(binding.weights(stream, clock.step, self.builder))
+            arguments.append(binding.weights(stream, moment.step, self.builder))
         inputs.clear()
         try:
             outputs = variant.run(arguments)
         except BaseException:
             stream.trajectory = -1  # some buffers may be half written
             raise
-        binding.commit(stream, mask, clock.step)
+        with self._lock:
+            binding.commit(stream, mask, moment.step)
+            binding.calls[mask, variant.flops] += 1
         if log.isEnabledFor(logging.DEBUG):
             computed = mask.compute.bit_count()
-            log.debug("step %d, stream %s: computed %d of %d", clock.step, clock.stream, computed, len(binding.sites))
-        binding.calls[mask, variant.flops] += 1
+            log.debug("step %d, stream %s: computed %d of %d", moment.step, moment.stream, computed, len(binding.sites))
         return outputs
 
     def close(self) -> None:
-        """Forget the variants, and with the binding its caches."""
+        """Forget the variants."""
         self.variants.clear()
         self._holds.clear()
-        self.binding = None
 
-    def _variant(self, mask: Mask, signature: tuple[Any, ...], inputs: Sequence[Any]) -> Variant:
+    def _variant(self, binding: Binding, mask: Mask, signature: tuple[Any, ...], inputs: Sequence[Any]) -> Variant:
         if not signature:
             key: Hashable = mask
         elif not self.builder.shape_generic:
@@ -400,13 +406,16 @@ class GuardedProgram:
             key = mask if self._holds[signature] else (mask, None)
         variant = self.variants.get(key)
         if variant is None:
-            variant = self.variants[key] = self._build(key, mask, inputs)
+            with self._compiling:
+                variant = self.variants.get(key)  # another thread may have been here
+                if variant is None:
+                    variant = self.variants[key] = self._build(binding, key, mask, inputs)
         return variant
 
-    def _build(self, key: Hashable, mask: Mask, inputs: Sequence[Any]) -> Variant:
+    def _build(self, binding: Binding, key: Hashable, mask: Mask, inputs: Sequence[Any]) -> Variant:
         if key == (mask, None):
             log.warning("a variant does not hold for inputs of these sizes: it runs uncompiled, and slower")
-            self.binding.forced["sizes outside of what a variant was compiled for: run uncompiled"] += 1
+            binding.forced["sizes outside of what a variant was compiled for: run uncompiled"] += 1
             return self.builder.build_uncompiled(mask)
         start = time.perf_counter()
         variant = self.builder.build(mask, inputs)

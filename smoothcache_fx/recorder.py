@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
@@ -14,7 +15,7 @@ import torch
 from ._replay import EffectSums, Subset, floating_tensors
 from .backend import Session
 from .build import GraphBuilder
-from .clock import Clock
+from .clock import ModelCall, Moment, StepClock
 from .errors import CalibrationError
 from .forecast import weights
 from .inner import inner_compiler
@@ -23,7 +24,8 @@ from .passes import observe
 from .passes.forecast import forecast
 from .program import Binding, Mask, SiteInfo, Variant
 from .schedule import Schedule
-from .scheduler_clock import DenoiserClock
+
+log = logging.getLogger(__name__)
 
 Reads = Callable[[SiteInfo, Collection[int]], Sequence[tuple[int, float]]]
 """How a site is read, given the lags at which outputs are kept: lags and weights; empty if it is computed."""
@@ -55,7 +57,6 @@ class ObservedProgram:
         self.graph = observe(builder.captured, builder.sites)
         self.outputs_per_site = [len(site.outputs) for site in builder.sites]
         self.recorder = recorder
-        self.binding: Binding | None = None
         self._readers: dict[Mask, Variant] = {}
 
     def __call__(self, inputs: list[Any]) -> Sequence[Any]:
@@ -66,20 +67,24 @@ class ObservedProgram:
         own = len(outputs) - sum(self.outputs_per_site)
         rest = iter(outputs[own:])
         values = [[next(rest) for _ in range(count)] for count in self.outputs_per_site]
-        self.recorder.record(self.binding, values)
+        self.recorder.record(self.recorder.current.call.binding, values)
         return outputs[:own]
 
     def close(self) -> None:
         self._readers.clear()
-        self.binding = None
 
     def _read(self, inputs: list[Any], reads: Reads) -> Sequence[Any]:
         """The graph's outputs if sites are read in place of being computed.
 
         What is kept of this step are then, of sites that are computed, the outputs of this call.
         """
-        sites = self.binding.sites
-        history = self.recorder.history(self.binding)
+        binding = self.recorder.current.call.binding
+        sites, history = binding.sites, self.recorder.history(binding)
+        if 0 not in history:  # Dynamo has captured the second call anew: its branches have no outputs to be read
+            self.recorder.note_unread()
+            outputs = self.graph(*inputs)
+            inputs.clear()
+            return outputs[: len(outputs) - sum(self.outputs_per_site)]
         terms = [reads(site, history) for site in sites]
         computed = sum(1 << i for i, read in enumerate(terms) if not read)
         mask = Mask(computed, store=computed)
@@ -120,7 +125,7 @@ class Recorder(Session):
     def __init__(
         self,
         root: torch.nn.Module,
-        clock: Clock | DenoiserClock,
+        clock: StepClock,
         lags: int,
         history_device: torch.device | None,
         reach: int = 0,
@@ -139,9 +144,16 @@ class Recorder(Session):
         self.effects = EffectSums()
         self.replaying: Reads | None = None
         self.history_bytes = 0
+        #: Whether branches were computed in the last replay that should have been read.
+        self._unread = self._told_unread = False
         self._subset = Subset()
         self._history: dict[tuple[int, Hashable], tuple[int, deque[_Kept]]] = {}
         self._kept: dict[tuple[int, Hashable], int] = {}
+
+    @property
+    def moment(self) -> Moment:
+        """Where the call is that is recorded."""
+        return self.current.call.moment
 
     @property
     def calls_again(self) -> bool:
@@ -158,13 +170,15 @@ class Recorder(Session):
             if lag > self.reach:
                 break
             read = floating_tensors(self.replay(forward, _all_from(lag)))
+            if self._unread:
+                break
             change = [after.float() - before.float() for after, before in zip(read, computed, strict=True)]
-            self.effects.add(self.clock.step, lag, change, self.clock.stream, self.clock.trajectory)
+            self.effects.add(self.moment.step, lag, change, self.moment.stream, self.moment.trajectory)
         return output if self.followed is None else self.replay(forward, self._as_scheduled)
 
     def _as_scheduled(self, site: SiteInfo, kept: Collection[int]) -> Sequence[tuple[int, float]]:
         """How the followed schedule has a site read at this step."""
-        schedule, step = self.followed, self.clock.step
+        schedule, step = self.followed, self.moment.step
         if step >= schedule.steps:
             raise CalibrationError(
                 f"the sampler takes more steps than the schedule to be followed, which has {schedule.steps}"
@@ -183,14 +197,14 @@ class Recorder(Session):
         """Compare one call's outputs, per site, with those of the steps before in the same trajectory and stream."""
         if not values:
             return
-        place = id(binding), self.clock.stream
+        place = id(binding), self.moment.stream
         trajectory, history = self._history.get(place, (-1, deque()))
-        step = self.clock.step
-        if trajectory != self.clock.trajectory:
+        step = self.moment.step
+        if trajectory != self.moment.trajectory:
             history = deque(maxlen=self.keep + self.calls_again)
         while history and not 0 < step - history[-1].step <= self.keep:
             history.pop()  # a stream may be absent for some steps
-        self._history[place] = self.clock.trajectory, history
+        self._history[place] = self.moment.trajectory, history
         recent = [earlier for earlier in history if step - earlier.step <= self.lags]
         sums = [
             functools.reduce(
@@ -211,28 +225,39 @@ class Recorder(Session):
 
     def history(self, binding: Binding) -> dict[int, _Kept]:
         """What is kept of the binding's sites in this stream, by how many steps ago it was made."""
-        _, history = self._history[id(binding), self.clock.stream]
-        return {self.clock.step - kept.step: kept for kept in history}
+        _, history = self._history.get((id(binding), self.moment.stream), (-1, ()))
+        return {self.moment.step - kept.step: kept for kept in history}
 
     def lags_kept(self) -> list[int]:
         """The lags at which all sites of the last call can be read."""
-        stream, step = self.clock.stream, self.clock.step
+        stream, step = self.moment.stream, self.moment.step
         seen = [
             {step - kept.step for kept in history}
             for (_, of), (trajectory, history) in self._history.items()
-            if of == stream and trajectory == self.clock.trajectory and history[0].step == step
+            if of == stream and trajectory == self.moment.trajectory and history[0].step == step
         ]
         return sorted(set.intersection(*seen) - {0}) if seen else []
 
     def replay(self, forward: Callable[[], Any], reads: Reads) -> Any:
         """What the model returns if sites are read like this."""
-        self.clock.serial += 1  # a call of its own, for the bindings
-        self.replaying = reads
+        self.current.call = ModelCall(self.moment)  # a call of its own, for the bindings
+        self.replaying, self._unread = reads, False
         try:
             with torch.random.fork_rng():
                 return forward()
         finally:
             self.replaying = None
+
+    def note_unread(self) -> None:
+        """A graph has no outputs that could be read in the place of its branches: they were computed."""
+        self._unread = True
+        if not self._told_unread:
+            self._told_unread = True
+            log.warning(
+                "a call of %s with copies of its inputs was captured as another graph than the call itself, and so "
+                "its branches are computed where they should be read: TORCH_LOGS=recompiles says what differs",
+                type(self.root).__name__,
+            )
 
     def set_aside(self) -> dict[str, Any]:
         names = ("sites", "observations", "products", "_history", "_kept")
@@ -251,23 +276,23 @@ class Recorder(Session):
     ) -> list[torch.Tensor]:
         """The mean products of each site's outputs with its earlier ones, over the elements that are looked at."""
         subsets = [torch.cat([self._subset(output) for output in outputs]) for outputs in values]
-        earlier = [kept for kept in history if self.clock.step - kept.step <= self.reach]
+        earlier = [kept for kept in history if self.moment.step - kept.step <= self.reach]
         means = [
             torch.stack([fresh, *(kept.subsets[i] for kept in earlier)]) @ fresh / len(fresh)
             for i, fresh in enumerate(subsets)
         ]
-        lags = [0, *(self.clock.step - kept.step for kept in earlier)]
+        lags = [0, *(self.moment.step - kept.step for kept in earlier)]
         for site, found in zip(binding.sites, torch.stack(means).tolist(), strict=True):
             seen = self.products.setdefault(site.name, [])
-            seen.extend((lag, self.clock.step, value) for lag, value in zip(lags, found, strict=True))
+            seen.extend((lag, self.moment.step, value) for lag, value in zip(lags, found, strict=True))
         return subsets
 
     def _note(self, site: SiteInfo, size: float, distances: Iterable[tuple[int, float]]) -> None:
-        step = self.clock.step
+        step = self.moment.step
         if not math.isfinite(size):
             raise CalibrationError(
                 f"the output of {site.name} has NaN or infinite values at step {step} of trajectory "
-                f"{self.clock.trajectory}: no schedule can be made of this. Check the weights, the inputs, and "
+                f"{self.moment.trajectory}: no schedule can be made of this. Check the weights, the inputs, and "
                 "whether the dtype's range is enough"
             )
         self.sites.setdefault(site.name, site)

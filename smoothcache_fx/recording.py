@@ -13,12 +13,11 @@ from ._optimal import reach
 from ._products import Products
 from ._replay import EffectSums
 from .calibration import Calibration
-from .clock import Clock
+from .clock import StepClock, agreed
 from .errors import CalibrationError
 from .observing import observing
 from .recorder import Recorder
 from .schedule import HIGHEST_ORDER, Schedule
-from .scheduler_clock import DenoiserClock
 from .site_errors import SiteErrors
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def calibrate(
     schedule: Schedule | Callable[[Calibration], Schedule] | None = None,
     rounds: int = 5,
     steps: int | None = None,
-    calls_per_step: int = 1,
+    calls_per_step: int | None = None,
     history_device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Calibration:
@@ -59,7 +58,8 @@ def calibrate(
             next, until it makes a schedule that was followed before.
         rounds: follow at most so many schedules of such a function. ``sample`` runs once more than that at most.
         steps: denoising steps in a trajectory, if they cannot be seen from the timesteps.
-        calls_per_step: calls of a bare model in one step; each has a history of its own.
+        calls_per_step: calls of a bare model in one step; each has a history of its own. By default one; two calls in a
+            row at one timestep are then an error.
         history_device: where the last ``lags`` outputs of every site are kept (the model's device by default). They
             take ``lags`` times the cache of the schedule: ``batch * tokens * width * bytes per element`` a branch.
             ``"cpu"`` spares the device's memory and takes longer.
@@ -75,7 +75,12 @@ def calibrate(
         NoSitesError: the model has no residual branch.
         CompiledError: the model is compiled, in training mode, or an input requires gradients.
     """
-    for name, value in (("lags", lags), ("rounds", rounds), ("calls_per_step", calls_per_step), ("steps", steps or 1)):
+    for name, value in (
+        ("lags", lags),
+        ("rounds", rounds),
+        ("calls_per_step", 1 if calls_per_step is None else calls_per_step),
+        ("steps", 1 if steps is None else steps),
+    ):
         if not isinstance(value, int) or value < 1:
             raise CalibrationError(f"{name} must be a positive whole number, got {value!r}")
     if order is not None and order not in range(HIGHEST_ORDER + 1):
@@ -102,7 +107,7 @@ def calibrate(
     device = None if history_device is None else torch.device(history_device)
     metadata = {"model": type(model_or_pipeline).__name__}
 
-    def recorder(model: torch.nn.Module, clock: Clock | DenoiserClock) -> Recorder:
+    def recorder(model: torch.nn.Module, clock: StepClock) -> Recorder:
         return Recorder(model, clock, lags, device, farthest, schedule)
 
     with observing(model_or_pipeline, recorder, steps, calls_per_step, progress) as observed:
@@ -112,7 +117,7 @@ def calibrate(
         raise CalibrationError(f"the sampler takes {total} steps, the schedule to be followed has {schedule.steps}")
     recorder_bytes = sum(recorder.history_bytes for recorder in observed.recorders)
     log.info("calibration kept %.1f MiB of outputs", recorder_bytes / 2**20)
-    return _gather(observed.recorders, total, metadata)
+    return _gather(observed.recorders, total, metadata, agreed(observed.sequences(), total))
 
 
 def _settled(along: Callable[..., Calibration], plan: Callable[[Calibration], Schedule], rounds: int) -> Calibration:
@@ -130,7 +135,9 @@ def _settled(along: Callable[..., Calibration], plan: Callable[[Calibration], Sc
     return calibration
 
 
-def _gather(recorders: Sequence[Recorder], steps: int, metadata: dict[str, str]) -> Calibration:
+def _gather(
+    recorders: Sequence[Recorder], steps: int, metadata: dict[str, str], timesteps: Sequence[float] | None
+) -> Calibration:
     """All observations per site; denoisers of one pipeline may have sites of one name, seen at different steps."""
     infos = {name: info for recorder in recorders for name, info in recorder.sites.items()}
     lags, farthest = recorders[0].lags, recorders[0].reach
@@ -147,4 +154,4 @@ def _gather(recorders: Sequence[Recorder], steps: int, metadata: dict[str, str])
         sites.append(errors)
     effects = EffectSums.together([recorder.effects for recorder in recorders], steps, farthest) if farthest else None
     history_bytes = sum(recorder.history_bytes for recorder in recorders)
-    return Calibration(steps, lags, sites, history_bytes, metadata, effects)
+    return Calibration(steps, lags, sites, history_bytes, metadata, effects, timesteps=timesteps)

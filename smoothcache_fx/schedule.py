@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ._files import check_header, read_object
-from ._rows import compute_fraction, last_compute, row_of, selector_of, times_of, weights_of, whole_number
+from ._rows import compute_fraction, last_compute, numbers_of, row_of, selector_of, times_of, weights_of, whole_number
 from ._selectors import KINDS, SiteLike, specificity
 from .errors import ScheduleError
 
@@ -53,6 +53,8 @@ class Schedule:
             65504 counts as that. Outputs in float16 and bfloat16 keep theirs. None keeps all as they are.
         flops: selector -> FLOPs of all its sites, in any unit: the weights for `compute_fraction`. Needs an
             entry for each selector in `compute`; further selectors count as always computed.
+        timesteps: those that the sampler had at each step when the schedule was made. A compiled model warns if it is
+            called at others. They say nothing about what is computed: schedules that differ in them alone are equal.
 
     Raises:
         ScheduleError: for whatever does not fit the description above.
@@ -64,6 +66,7 @@ class Schedule:
     flops: Mapping[str, float] | None = None
     times: Sequence[float] | None = None
     history_dtype: str | None = None
+    timesteps: Sequence[float] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         steps = whole_number(self.steps, "steps", least=1)
@@ -86,6 +89,7 @@ class Schedule:
             "compute": MappingProxyType(rows),
             "flops": flops,
             "times": times,
+            "timesteps": None if self.timesteps is None else numbers_of(self.timesteps, "timesteps", steps),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -174,6 +178,8 @@ class Schedule:
         ]
         if self.history_dtype is not None:
             lines.append(f'  "history_dtype": {json.dumps(self.history_dtype)}')
+        if self.timesteps is not None:
+            lines.append(f'  "timesteps": {json.dumps(_plain(self.timesteps))}')
         Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
     @classmethod
@@ -191,8 +197,7 @@ class Schedule:
         keys = ("steps", "order", "compute", "flops", "times")
         if data.get("format") == FORMAT and data.get("version") == 1:
             data.setdefault("times", None)
-        if "history_dtype" in data:
-            keys = (*keys, "history_dtype")
+        keys += tuple(key for key in ("history_dtype", "timesteps") if key in data)
         published = "format" not in data and data and all(isinstance(row, list) for row in data.values())
         if not published:
             check_header(data, path, format=FORMAT, version=VERSION, keys=keys, error=ScheduleError)
@@ -223,8 +228,8 @@ class Schedule:
         rows = {key: list(map(int, row)) for key, row in self.compute.items()}
         more = "".join(
             f", {name}={_plain(value)!r}"
-            for name, value in (("flops", self.flops), ("times", self.times), ("history_dtype", self.history_dtype))
-            if value is not None
+            for name in ("flops", "times", "history_dtype", "timesteps")
+            if (value := getattr(self, name)) is not None
         )
         return f"Schedule(steps={self.steps}, compute={rows}, order={_plain(self.order)}{more})"
 
@@ -236,7 +241,7 @@ class Schedule:
     def __reduce__(self) -> tuple[Any, ...]:
         # The read-only mappings can be neither pickled nor deep-copied.
         plain = self.steps, dict(self.compute), _plain(self.order), _plain(self.flops)
-        return Schedule, (*plain, self.times, self.history_dtype)
+        return Schedule, (*plain, self.times, self.history_dtype, self.timesteps)
 
 
 def _select(values: Mapping[str, Any], site: SiteLike, what: str, default: Any) -> Any:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
+import itertools
 import logging
+import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .clock import Call
+from .clock import Call, Moment, first_difference
 from .errors import StepError
 from .streams import Streams
 
@@ -72,39 +75,111 @@ def _watched_class(base: type) -> type:
     return watched
 
 
+class _Run:
+    """One run of a scheduler, from ``set_timesteps`` on.
+
+    Attributes:
+        scheduler: which one runs.
+        thread: where ``set_timesteps`` was called.
+        lane: which set of caches it has; runs of other threads that go on at the same time have others.
+        length: how many timesteps it has.
+        index: of the step, None before the first call.
+        trajectory: changes whenever nothing cached before may be used.
+        step_serial: identifies the step, also where several have one index.
+        doubtful: whether an earlier run of the thread has not ended, so that its calls may come between.
+        mixed: whether calls of two runs are known to take turns: none can be attributed.
+        streams: per denoiser, which of a step's calls are which.
+    """
+
+    def __init__(self, scheduler: Any, lane: int, trajectory: int, *, doubtful: bool) -> None:
+        self.scheduler = weakref.ref(scheduler)
+        self.thread = threading.get_ident()
+        self.lane = lane
+        self.length = len(scheduler.timesteps)
+        self.index: int | None = None
+        self.trajectory = trajectory
+        self.step_serial = 0
+        self.doubtful = doubtful
+        self.mixed = False
+        self.streams: dict[DenoiserClock, tuple[int, int, Streams]] = {}
+        # A scheduler that does not reset it would say where the last run ended.
+        self.trusts_step_index = getattr(scheduler, "step_index", None) is None
+        self.called_in_step = self.called_in_trajectory = False
+        self.start = 0
+        self.timesteps: list[tuple[float, ...]] = []
+        #: A call's timestep over the scheduler's.
+        self.scale: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.scheduler() is None or (self.index is not None and self.index >= self.length)
+
+    def next_step(self) -> None:
+        self.called_in_step = False
+        self.step_serial += 1
+
+    def stepped(self) -> None:
+        index = getattr(self.scheduler(), "step_index", None) if self.trusts_step_index else None
+        self.index = int(index) if index is not None else (self.index or 0) + 1
+        self.next_step()
+
+    def begin(self, call: Call) -> None:
+        """Set the index of the first step: not 0 where a pipeline begins with an image (strength below 1)."""
+        scheduler = self.scheduler()
+        index = getattr(scheduler, "step_index", None) if self.trusts_step_index else None
+        if index is None and hasattr(scheduler, "begin_index"):
+            index = scheduler.begin_index
+        elif index is None:
+            # DDIM and its like keep no index: one wait for the device per run.
+            timesteps, timestep = torch.as_tensor(scheduler.timesteps).tolist(), call.timestep(wait=True)
+            index = timesteps.index(timestep) if timestep in timesteps else 0
+        self.index = self.start = int(index or 0)
+
+    def fits(self, call: Call) -> bool:
+        """Whether the call's timestep is the step's, on the scale of the run's first call. Waits for the device."""
+        timestep = call.timestep(wait=True)
+        if timestep is None:
+            return True
+        own = float(torch.as_tensor(self.scheduler().timesteps)[self.index])
+        if self.scale is None and own:
+            self.scale = timestep / own
+        return self.scale is None or abs(timestep - self.scale * own) <= 1e-3 * max(abs(timestep), abs(self.scale))
+
+
 class SchedulerClock:
-    """Where in its run the scheduler of one or more pipelines is. All denoisers of these pipelines share it.
+    """Where in their runs the schedulers of one or more pipelines are. All denoisers of these pipelines share it.
+
+    A call belongs to the run that its thread has begun. Where that cannot be told it is computed in full: two runs of
+    one thread that take turns, a thread that has begun none while there are several, a call after the last step.
 
     Attributes:
         steps: of the schedule; None accepts any number (calibration).
-        trajectory: changes whenever nothing cached before may be used.
+        timesteps: those that the schedule was made for, or None; others are told once.
         trajectories, steps_begun: how many there were with a model call.
         lengths: numbers of timesteps of the trajectories that had a model call.
         unfinished: how many of them ended early.
         following: cleared while the denoisers run uncached; another number of steps is no error then.
     """
 
-    def __init__(self, steps: int | None) -> None:
+    def __init__(self, steps: int | None, timesteps: Sequence[float] | None = None) -> None:
         self.steps = steps
-        self.trajectory = 0
+        self.timesteps = None if timesteps is None else tuple(timesteps)
         self.trajectories = 0
         self.steps_begun = 0
         self.lengths: set[int] = set()
+        #: Timesteps of the trajectories; two of them if they differ.
+        self.sequences: set[tuple[float, ...]] = set()
         self.unfinished = 0
         self.following = True
         self.pipelines: list[weakref.ref[Any]] = []
         self.denoisers: list[DenoiserClock] = []
+        self.lock = threading.RLock()
+        self._ids = itertools.count()
         self._watched: list[weakref.ref[Any]] = []
-        self._current: weakref.ref[Any] | None = None
-        self._length = 0
-        self._index: int | None = None
-        self._trusts_step_index = False
-        #: Identifies the step, also where several have one index.
-        self._step_serial = 0
-        self._called_in_step = self._called_in_trajectory = False
+        #: Runs that have begun and not ended; of each thread the last one is its own.
+        self._runs: list[_Run] = []
         #: Whether a pipeline has ever ended a step by ``scheduler.step``; if not, the timesteps are read.
         self._seen_step = False
-        self._last_timesteps: tuple[float, ...] | None = None
         self._told: set[str] = set()
 
     def attach(self, pipeline: Any) -> None:
@@ -122,103 +197,140 @@ class SchedulerClock:
     def follows(self, pipeline: Any) -> bool:
         return any(reference() is pipeline for reference in self.pipelines)
 
+    def new_trajectory(self) -> int:
+        return next(self._ids)
+
     def forget(self) -> None:
-        """Nothing that is cached may be used from here on; the step stays where it is."""
-        self.trajectory += 1
+        """Nothing that is cached may be used from here on; the steps stay where they are."""
+        with self.lock:
+            for run in self._runs:
+                run.trajectory = self.new_trajectory()
+
+    def abandon(self) -> None:
+        """A call of this thread failed."""
+        with self.lock:
+            if (run := self._own_run()) is not None:
+                run.trajectory = self.new_trajectory()
 
     def began(self, scheduler: Any) -> None:
         """``set_timesteps`` was called. Raises ``StepError`` for another number of steps than the schedule's."""
-        self.finish()
-        self._length = len(scheduler.timesteps)
-        self._index = None
-        # A scheduler that does not reset it would say where the last run ended.
-        self._trusts_step_index = getattr(scheduler, "step_index", None) is None
-        self._current = weakref.ref(scheduler)
-        if self.following:
-            self._check_length(scheduler)
+        with self.lock:
+            for run in self._runs_of(scheduler):
+                self._end(run)
+            thread = threading.get_ident()
+            for run in list(self._runs):
+                if run.ended or not _alive(run.thread):
+                    self._end(run)
+            doubtful = any(run.thread == thread for run in self._runs)
+            taken = {run.lane for run in self._runs if run.thread != thread}
+            lane = next(lane for lane in itertools.count() if lane not in taken)
+            self._runs.append(_Run(scheduler, lane, self.new_trajectory(), doubtful=doubtful))
+            if self.following:
+                self._check_length(scheduler)
 
     def finish(self) -> None:
-        """The trajectory, if one is running, is over."""
-        if self._called_in_trajectory:
-            last = self._length if self._seen_step else self._length - 1
-            self.unfinished += self._index != last
-        self._called_in_trajectory = self._called_in_step = False
-        self._last_timesteps = None
-        self._current = None
-        self._step_serial += 1
-        self.trajectory += 1
-        for denoiser in self.denoisers:
-            denoiser.streams.forget()
+        """The trajectories, if any is running, are over."""
+        for run in list(self._runs):
+            self._end(run)
+
+    def _end(self, run: _Run) -> None:
+        self._runs.remove(run)
+        if run.called_in_trajectory:
+            self.unfinished += run.index != (run.length if self._seen_step else run.length - 1)
 
     def stepped(self, scheduler: Any) -> None:
         """``step`` was called."""
-        if self._current is None or self._current() is not scheduler:
-            self.finish()  # two runs take turns: where either is cannot be told
-            return
-        self._seen_step = True
-        index = getattr(scheduler, "step_index", None) if self._trusts_step_index else None
-        self._index = int(index) if index is not None else (self._index or 0) + 1
-        self._next_step()
+        with self.lock:
+            runs = self._runs_of(scheduler)
+            if not runs:
+                # Not begun under our eyes: whose calls were the thread's own run's?
+                if (own := self._own_run()) is not None:
+                    own.mixed = True
+                return
+            run = runs[-1]
+            own = self._own_run(run.thread)
+            self._seen_step = True
+            run.stepped()
+            if own is not run:
+                run.mixed = own.mixed = True
 
-    def enter(self, call: Call) -> tuple[int, int] | None:
-        """The step that a model call belongs to: its index and an identity; None where that cannot be told.
-
-        Raises ``StepError`` for a call that comes after the scheduler's last step.
-        """
+    def enter(self, call: Call) -> _Run | None:
+        """The run that a model call belongs to, at the call's step; None where that cannot be told."""
         self._look()
-        if self._current is None or self._interrupted():
+        run = self._own_run() or self._only_run()
+        if run is None or self._interrupted():
             self._tell(
                 "%s is called outside of a run of the pipeline's scheduler (set_timesteps, then step): these calls "
                 "are computed in full. For a sampling loop of your own use smoothcache.compile on the model itself",
                 call.model,
             )
             return None
-        if self._index is None:
-            self._index = self._start(self._current(), call)
-        if not self._seen_step:
-            self._follow_timesteps(call)
-        if self._index >= self._length:
-            raise StepError(
-                f"{call.model} is called after the last of the scheduler's {self._length} steps. If another pipeline "
-                "that shares it is running, call smoothcache.compile(that_pipeline, schedule) too; if not, call the "
-                "scheduler's set_timesteps before a run, or use `with smoothcache.disabled(pipeline)`"
+        if run.mixed:
+            self._tell(
+                "%s: the runs of two schedulers take turns in one thread. Their calls cannot be told apart and are "
+                "computed in full. Let one end before the other begins, or give each a thread of its own",
+                call.model,
             )
-        self._count()
-        return self._index, self._step_serial
+            return None
+        if run.index is None:
+            run.begin(call)
+            self._compare(run, call.model)
+        if not self._seen_step:
+            self._follow_timesteps(run, call)
+        if run.index >= run.length:
+            self._tell(
+                f"%s is called after the last of the scheduler's {run.length} steps: these calls are computed in full. "
+                "If another pipeline that shares it is running, call smoothcache.compile(that_pipeline, schedule) too",
+                call.model,
+            )
+            return None
+        self._count(run)
+        return run
 
-    def _count(self) -> None:
-        if not self._called_in_trajectory:
-            self._called_in_trajectory = True
+    def _own_run(self, thread: int | None = None) -> _Run | None:
+        """The last run that a thread (this one) has begun and not ended, or else the last one that has ended."""
+        thread = threading.get_ident() if thread is None else thread
+        own = [run for run in self._runs if run.thread == thread]
+        return next((run for run in reversed(own) if not run.ended), own[-1] if own else None)
+
+    def _only_run(self) -> _Run | None:
+        """The run of another thread, if it is the only one that has not ended."""
+        runs = [run for run in self._runs if not run.ended]
+        return runs[0] if len(runs) == 1 else None
+
+    def _runs_of(self, scheduler: Any) -> list[_Run]:
+        return [run for run in self._runs if run.scheduler() is scheduler]
+
+    def _count(self, run: _Run) -> None:
+        if not run.called_in_trajectory:
+            run.called_in_trajectory = True
             self.trajectories += 1
-            self.lengths.add(self._length)
-        if not self._called_in_step:
-            self._called_in_step = True
+            self.lengths.add(run.length)
+            if len(self.sequences) < 2:
+                self.sequences.add(timesteps_of(run.scheduler()))
+        if not run.called_in_step:
+            run.called_in_step = True
             self.steps_begun += 1
 
-    def _next_step(self) -> None:
-        self._called_in_step = False
-        self._step_serial += 1
-
-    def _start(self, scheduler: Any, call: Call) -> int:
-        """The index of a run's first step: not 0 where a pipeline begins with an image (strength below 1)."""
-        index = getattr(scheduler, "step_index", None) if self._trusts_step_index else None
-        if index is None and hasattr(scheduler, "begin_index"):
-            index = scheduler.begin_index
-        elif index is None:
-            # DDIM and its like keep no index: one wait for the device per run.
-            timesteps, timestep = torch.as_tensor(scheduler.timesteps).tolist(), call.timestep(wait=True)
-            index = timesteps.index(timestep) if timestep in timesteps else 0
-        return int(index or 0)
-
-    def _follow_timesteps(self, call: Call) -> None:
+    def _follow_timesteps(self, run: _Run, call: Call) -> None:
         timesteps = call.timesteps()
-        if self._last_timesteps is not None and timesteps != self._last_timesteps:
+        if timesteps is None:
+            return
+        seen = run.timesteps
+        if seen and timesteps != seen[-1]:
             self._tell(
                 "the pipeline does not call scheduler.step: a step of %s ends where its timestep changes", call.model
             )
-            self._index += 1
-            self._next_step()
-        self._last_timesteps = timesteps
+            run.next_step()
+            if timesteps == seen[0] or max(seen[-1]) != max(seen[0]) == max(timesteps):
+                # Another section of a long video begins, with timesteps that were set once for all of them.
+                run.index, run.trajectory = run.start, self.new_trajectory()
+                run.called_in_trajectory = False
+                seen.clear()
+            else:
+                run.index += 1
+        if not seen or timesteps != seen[-1]:
+            seen.append(timesteps)
 
     def _interrupted(self) -> bool:
         """Whether a callback has ended the run: diffusers clears the mark when the next begins."""
@@ -231,17 +343,19 @@ class SchedulerClock:
             pipeline = reference()
             if pipeline is None or any(watched() is pipeline.scheduler for watched in self._watched):
                 continue
-            running = self._current is not None and self._called_in_trajectory and self._index != self._length
+            own = self._own_run()
+            running = own is not None and own.called_in_trajectory and own.index != own.length
             shared = running and any(
-                (other := r()) is not None and other.scheduler is self._current() for r in self.pipelines
+                (other := r()) is not None and other.scheduler is own.scheduler() for r in self.pipelines
             )
             log.info("the pipeline has another scheduler: %s", type(pipeline.scheduler).__name__)
             self._drop_unused()
             self._watch(pipeline.scheduler)
-            self.finish()
+            if own in self._runs:
+                self._end(own)
             if getattr(pipeline.scheduler, "num_inference_steps", None) is not None and not shared:
                 self.began(pipeline.scheduler)
-                self._trusts_step_index = True  # it says how far the run is that began unseen
+                self._own_run().trusts_step_index = True  # it says how far the run is that began unseen
 
     def _watch(self, scheduler: Any) -> None:
         if not any(watched() is scheduler for watched in self._watched):
@@ -256,17 +370,33 @@ class SchedulerClock:
                 self._watched.remove(reference)
                 if scheduler is not None:
                     unwatch(scheduler, self)
+                    for run in self._runs_of(scheduler):
+                        self._end(run)
 
     def _check_length(self, scheduler: Any) -> None:
-        if self.steps is None or self._length == self.steps:
+        length = self._runs[-1].length
+        if self.steps is None or length == self.steps:
             return
-        self.finish()
+        self._end(self._runs[-1])
         raise StepError(
-            f"{type(scheduler).__name__} was set to {self._length} timesteps, but the schedule has {self.steps} steps: "
+            f"{type(scheduler).__name__} was set to {length} timesteps, but the schedule has {self.steps} steps: "
             f"run the pipeline with as many inference steps as give {self.steps} timesteps, or compile it with a "
-            f"schedule of {self._length} steps (solvers of second order take more than one timestep per inference "
+            f"schedule of {length} steps (solvers of second order take more than one timestep per inference "
             "step); `with smoothcache.disabled(pipeline)` runs it uncached"
         )
+
+    def _compare(self, run: _Run, model: str) -> None:
+        """Say where the scheduler's timesteps are not those that the schedule was made for."""
+        if self.timesteps is None:
+            return
+        own = timesteps_of(run.scheduler())
+        step = first_difference(own, self.timesteps)
+        if step is not None:
+            self._tell(
+                f"%s: the schedule was made for other timesteps. Step {step} of {self.steps} is at {own[step]:g}, "
+                f"where that of the schedule was at {self.timesteps[step]:g}. Its errors may be larger",
+                model,
+            )
 
     def _tell(self, message: str, model: str) -> None:
         if message not in self._told:
@@ -274,21 +404,26 @@ class SchedulerClock:
             self._told.add(message)
 
 
+def timesteps_of(scheduler: Any) -> tuple[float, ...]:
+    """A scheduler's timesteps, in sampling order."""
+    return tuple(torch.as_tensor(scheduler.timesteps, dtype=torch.float64).flatten().tolist())
+
+
+def _alive(thread: int) -> bool:
+    return any(other.ident == thread for other in threading.enumerate())
+
+
 class DenoiserClock:
     """The clock of one denoiser: the scheduler's step, and which of this model's calls in the step a call is.
 
-    Attributes: as of ``clock.Clock``; ``stream`` is a name and an ordinal.
+    A stream is a name, an ordinal and, of runs beside the first, the run's lane.
     """
 
     def __init__(self, shared: SchedulerClock) -> None:
         self.shared = shared
         shared.denoisers.append(self)
-        self.step = -1
-        self.stream: Hashable = None
-        self.trajectory = -1
-        self.serial = 0
-        self.streams = Streams()
-        self._step_serial = -1
+        self.latest = Moment(-1, None, -1)
+        self._names = threading.local()
 
     @property
     def trajectories(self) -> int:
@@ -298,24 +433,45 @@ class DenoiserClock:
     def steps_begun(self) -> int:
         return self.shared.steps_begun
 
+    @contextlib.contextmanager
+    def naming(self, name: Hashable) -> Iterator[None]:
+        """Calls of this thread inside of the ``with`` are of the stream of this name."""
+        before = getattr(self._names, "name", None)
+        self._names.name = name
+        try:
+            yield
+        finally:
+            self._names.name = before
+
     def begin(self) -> None:
         self.shared.forget()
 
     def abandon(self) -> None:
-        self.shared.forget()
+        self.shared.abandon()
 
-    def enter(self, call: Call, *, wait: bool = False) -> None:
-        """Move to a call. ``wait`` is for the clock of bare models: here the scheduler tells all."""
-        self.serial += 1
-        place = self.shared.enter(call)
-        if place is None:
-            self.shared.forget()
-            self.trajectory, self.step, self.stream = self.shared.trajectory, 0, None
-            return
-        step, step_serial = place
-        if self.trajectory != self.shared.trajectory:
-            self.streams.forget()
-        if step_serial != self._step_serial:
-            self.streams.next_step()
-        self.trajectory, self.step, self._step_serial = self.shared.trajectory, step, step_serial
-        self.stream = self.streams.key(call)
+    def enter(self, call: Call, *, wait: bool = False) -> Moment:
+        """Where a call is. ``wait`` is for the clock of bare models: here the scheduler tells all."""
+        with self.shared.lock:
+            self.latest = self._moment(call)
+        return self.latest
+
+    def _moment(self, call: Call) -> Moment:
+        run = self.shared.enter(call)
+        if run is None:
+            return Moment(0, None, self.shared.new_trajectory())
+        trajectory, step, streams = run.streams.get(self, (-1, -1, None))
+        if trajectory != run.trajectory:
+            streams = Streams()
+        elif step != run.step_serial:
+            streams.next_step()
+        run.streams[self] = run.trajectory, run.step_serial, streams
+        fits = run.fits(call) if run.doubtful else True
+        stream = streams.key(call, getattr(self._names, "name", None), certain=run.doubtful)
+        if stream is None or not fits:
+            self.shared._tell(
+                "%s: an earlier run of this thread's has not ended, and the call may be one of it: it is computed in "
+                "full. To end that run, call its scheduler's set_timesteps or delete it",
+                call.model,
+            )
+            return Moment(0, None, self.shared.new_trajectory())
+        return Moment(run.index, (*stream, run.lane) if run.lane else stream, run.trajectory)

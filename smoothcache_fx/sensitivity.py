@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from .calibration import ALL, Calibration
-from .clock import Clock
+from .clock import StepClock
 from .comparison import as_vector, relative_l2
 from .errors import CalibrationError
 from .observing import observing
 from .recorder import Recorder
-from .scheduler_clock import DenoiserClock
 
 
 class Prober(Recorder):
@@ -25,12 +24,12 @@ class Prober(Recorder):
     probe: tuple[int, str | None] | None = None
     calls_again = True
 
-    def __init__(self, root: torch.nn.Module, clock: Clock | DenoiserClock) -> None:
+    def __init__(self, root: torch.nn.Module, clock: StepClock) -> None:
         super().__init__(root, clock, lags=1, history_device=None)
 
     def call_again(self, forward: Callable[[], Any], output: Any) -> Any:
         """The output, or at the probed step that of a call whose sites are read from the step before."""
-        if self.probe is None or self.clock.step != self.probe[0] or 1 not in self.lags_kept():
+        if self.probe is None or self.moment.step != self.probe[0] or 1 not in self.lags_kept():
             return output
         group = self.probe[1]
         return self.replay(forward, lambda site, kept: ((1, 1.0),) if group in (None, site.group) else ())
@@ -43,7 +42,7 @@ def measure_sensitivity(
     *,
     probes: int = 8,
     groups: bool = False,
-    calls_per_step: int = 1,
+    calls_per_step: int | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Add to a calibration how far errors at each step move the final sample.

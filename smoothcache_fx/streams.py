@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,27 +30,32 @@ class Streams:
     """
 
     def __init__(self) -> None:
-        self.name: Hashable = None
         self._ordinals: Counter[Hashable] = Counter()
-        self._seen: dict[int, _Seen] = {}
+        self._seen: dict[Any, _Seen] = {}
         self._taken: set[int] = set()
-
-    def forget(self) -> None:
-        self._seen.clear()
 
     def next_step(self) -> None:
         self._ordinals.clear()
         self._taken.clear()
 
-    def key(self, call: Call) -> Hashable:
-        """The stream of the step's next call."""
-        ordinal = self._ordinals[self.name]
-        self._ordinals[self.name] += 1
-        if self.name is not None:
-            return self.name, ordinal
+    def key(self, call: Call, name: Hashable = None, *, certain: bool = False) -> Hashable | None:
+        """The stream of the step's next call; ``name`` is that of its ``cache_context``.
+
+        ``certain`` asks for a call that shares a tensor with the stream's last one, where there was one: None if not.
+        """
+        ordinal = self._ordinals[name]
+        self._ordinals[name] += 1
+        if name is not None and not certain:
+            return name, ordinal
         tensors = call.tensors()
         places = {(name, t.data_ptr(), t.shape, t.stride()) for name, t in tensors.items() if t.data_ptr()}
+        if name is not None:
+            last = self._seen.get((name, ordinal))
+            self._seen[name, ordinal] = _Seen(list(tensors.values()), places)
+            return (name, ordinal) if last is None or last.places & places else None
         stream, fixed = self._match(ordinal, places)
+        if certain and not fixed and stream in self._seen:
+            return None
         self._taken.add(stream)
         self._seen[stream] = _Seen(list(tensors.values()), places, fixed)
         return None, stream

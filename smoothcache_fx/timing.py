@@ -96,7 +96,7 @@ def _timing(forward: CompiledForward, run: Callable[..., Any]) -> Callable[..., 
         seconds = time.perf_counter() - start
         now = _counts(session)
         if now[0] == graphs:
-            forward.times.append(CallTime(session.clock.step, now[2] - computed, now[1] - sites, seconds))
+            forward.times.append(CallTime(session.current.call.moment.step, now[2] - computed, now[1] - sites, seconds))
         return output
 
     call.__wrapped__ = run

@@ -10,7 +10,7 @@ from torch import nn
 from cases import Case
 from smoothcache_fx import Schedule, _torch
 from smoothcache_fx.backend import Program, Session
-from smoothcache_fx.clock import Clock
+from smoothcache_fx.clock import Clock, ModelCall
 from smoothcache_fx.inner import inner_compiler
 
 
@@ -35,7 +35,7 @@ def capture_case(case: Case, dtype: torch.dtype = torch.float32, backend: str = 
 
 def _session(model: nn.Module, backend: str) -> Session:
     session = Session(Schedule(steps=1), inner_compiler(backend, None, None, None), Clock(1), model)
-    session.clock.tick()
+    session.current.call = ModelCall(session.clock.tick())
     return session
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smoothcache_fx import StepError
@@ -15,8 +17,8 @@ from smoothcache_fx.scheduler_clock import DenoiserClock, SchedulerClock
 def ticks(clock, timesteps):
     seen = []
     for timestep in timesteps:
-        clock.tick(timestep)
-        seen.append((clock.trajectory, clock.step, clock.stream))
+        moment = clock.tick(timestep)
+        seen.append((moment.trajectory, moment.step, moment.stream))
     return seen
 
 
@@ -25,7 +27,7 @@ def test_counts_without_timesteps(steps, calls, trajectories):
     clock = Clock(steps, calls)
     expected = [(n, s, c) for n in range(trajectories) for s in range(steps) for c in range(calls)]
     assert ticks(clock, [None] * len(expected)) == expected
-    assert clock.serial == len(expected)
+    assert (clock.trajectories, clock.steps_begun) == (trajectories, trajectories * steps)
 
 
 @given(steps=st.integers(2, 9), calls=st.integers(1, 3), falling=st.booleans())
@@ -35,19 +37,57 @@ def test_counts_with_timesteps(steps, calls, falling):
     assert ticks(Clock(steps, calls), map(float, times))[-1] == (1, steps - 1, calls - 1)
 
 
-def test_a_sampler_with_fewer_steps_is_told_both_numbers():
+def test_a_sampler_with_fewer_steps_is_told_both_numbers(caplog):
     clock = Clock(5)
     ticks(clock, [3.0, 2.0, 1.0])
-    with pytest.raises(StepError, match=r"schedule's 5 steps: it began anew after 3 steps"):
-        clock.tick(3.0)
-    assert ticks(clock, [3.0, 2.0]) == [(1, 0, 0), (1, 1, 0)], "after the error the next call starts clean"
+    assert not caplog.records
+    assert ticks(clock, [3.0, 2.5]) == [(1, 0, 0), (1, 1, 0)], "the next trajectory starts clean"
+    assert "the sampler began anew after 3 steps, but the schedule has 5 steps" in caplog.text
+
+
+def test_other_timesteps_than_those_of_the_last_trajectory_are_told_at_the_first_of_them(caplog):
+    clock = Clock(4)
+    ticks(clock, [4.0, 3.0, 2.0, 1.0, 4.0])
+    assert not caplog.records
+    ticks(clock, [2.0])
+    assert "step 1 of 4 is at timestep 2, where the last whole trajectory had 3" in caplog.text
+    assert ticks(clock, [4.0, 3.0, 2.0, 1.0]) == [(2, 0, 0), (2, 1, 0), (2, 2, 0), (2, 3, 0)]
+    assert len(caplog.records) == 2, "each is told once"
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_other_timesteps_than_the_schedules_are_told(caplog, scale):
+    """Models are given the scheduler's timesteps or those over 1000."""
+    clock = Clock(3, timesteps=[900.0, 600.0, 300.0])
+    ticks(clock, [900.0 * scale, 600.0 * scale, 300.0 * scale])
+    assert not caplog.records
+    ticks(clock, [900.0 * scale, 500.0 * scale])
+    assert "step 1 of 3 is at timestep" in caplog.text and "where the schedule was made for 600" in caplog.text
 
 
 def test_a_sampler_with_more_steps_is_told_both_numbers():
     clock = Clock(3)
-    ticks(clock, [5.0, 4.0, 3.0])
+    assert ticks(clock, [5.0, 4.0, 3.0, 2.0])[-1] == (1, 0, 0), "it may be the first of another trajectory"
     with pytest.raises(StepError, match="schedule's 3 steps: it goes on after 3 steps"):
-        clock.tick(2.0)
+        clock.tick(1.0)
+    assert ticks(clock, [5.0, 4.0]) == [(2, 0, 0), (2, 1, 0)], "after the error the next call starts clean"
+
+
+@pytest.mark.parametrize("first", [4.0, 3.0, 2.0])
+def test_inversion_then_sampling(first):
+    """The direction turns, with or without a gap in the timesteps, or with one timestep twice."""
+    times = [1.0, 2.0, 3.0, first, first - 1.0, first - 2.0]
+    clock = Clock(3)
+    assert [step for _, step, _ in ticks(clock, times)] == [0, 1, 2] * 2 and clock.trajectories == 2
+
+
+def test_two_calls_at_one_timestep_need_to_be_told_how_many_make_a_step():
+    clock = Clock(3)
+    clock.tick(5.0)
+    with pytest.raises(StepError, match=r"the model was called twice in a row at timestep 5\. .* calls_per_step=2"):
+        clock.tick(5.0)
+    assert ticks(Clock(3, 2), [5.0, 5.0, 4.0]) == [(0, 0, 0), (0, 0, 1), (0, 1, 0)]
+    assert ticks(Clock(3, 1), [5.0, 5.0, 4.0]) == [(0, 0, 0), (0, 1, 0), (0, 2, 0)]
 
 
 def test_more_calls_than_steps_after_an_explicit_begin():
@@ -74,11 +114,57 @@ def test_a_failed_call_ends_the_trajectory():
 
 def test_going_back_a_little_is_no_new_trajectory():
     """Resampling (RePaint) goes back to noisier steps within a trajectory."""
-    assert ticks(Clock(6), [9.0, 7.0, 5.0, 7.0, 5.0, 3.0])[-1] == (0, 5, 0)
+    clock = Clock(6)
+    clock.begin()
+    assert ticks(clock, [9.0, 7.0, 5.0, 7.0, 5.0, 3.0])[-1] == (0, 5, 0)
 
 
 def test_a_constant_timestep_says_nothing():
-    assert ticks(Clock(2), [1.0] * 4) == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
+    assert ticks(Clock(2, 1), [1.0] * 4) == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
+
+
+# Two samplers share a bare model.
+
+
+@settings(max_examples=500)
+@given(
+    steps=st.integers(2, 6),
+    shifts=st.tuples(st.sampled_from([1.0, 2.0, 3.0]), st.sampled_from([1.0, 2.0, 3.0])),
+    order=st.lists(st.booleans(), min_size=12, max_size=12),
+    whole_before=st.booleans(),
+)
+def test_no_call_reads_what_another_sampler_has_cached(steps, shifts, order, whole_before):
+    """Each runs a trajectory of the schedule's steps, in turns that nobody has told the clock of."""
+    clock = Clock(steps)
+    runs = [
+        [shift * sigma / (1 + (shift - 1) * sigma) for sigma in (1.0 - step / steps for step in range(steps))]
+        for shift in shifts
+    ]
+    if whole_before:
+        ticks(clock, runs[0])
+    timesteps = list(map(iter, runs))
+    writers: dict[int, int] = {}
+    for which in map(int, order):
+        timestep = next(timesteps[which], None)
+        if timestep is None:
+            continue
+        try:
+            moment = clock.tick(timestep)
+        except StepError:
+            return  # refused
+        if moment.step and moment.trajectory in writers:
+            assert writers[moment.trajectory] == which, "the other sampler's"
+        writers[moment.trajectory] = which
+
+
+def test_a_second_thread_is_refused_while_a_trajectory_is_under_way():
+    clock = Clock(3)
+    ticks(clock, [3.0, 2.0])
+    with ThreadPoolExecutor(1) as other:
+        with pytest.raises(StepError, match="another thread has begun a trajectory"):
+            other.submit(clock.tick, 2.0).result()
+        assert ticks(clock, [3.0, 2.0, 1.0])[-1] == (1, 2, 0)
+        assert other.submit(ticks, clock, [3.0, 2.0, 1.0]).result()[-1] == (2, 2, 0)
 
 
 def test_without_steps_a_trajectory_is_as_long_as_it_turns_out():
@@ -143,8 +229,8 @@ def model_call(text, timestep=0.0):
 
 
 def entered(clock, text, timestep=0.0):
-    clock.enter(model_call(text, timestep))
-    return clock.step, clock.stream
+    moment = clock.enter(model_call(text, timestep))
+    return moment.step, moment.stream
 
 
 @given(calls=st.lists(st.integers(0, 3), min_size=2, max_size=8))
@@ -207,5 +293,5 @@ def test_two_runs_that_take_turns_are_computed_in_full():
     trajectories = set()
     for _ in range(3):
         assert entered(clock, text) == (0, None)
-        trajectories.add(clock.trajectory)
+        trajectories.add(clock.latest.trajectory)
     assert len(trajectories) == 3, "no call finds a cache"

@@ -303,15 +303,18 @@ class Sampler(RuleBasedStateMachine):
     @precondition(lambda self: self.oracle is not None and 1 < self.done < self.STEPS)
     @rule()
     def begin_anew_too_early(self) -> None:
-        with pytest.raises(StepError, match=rf"schedule's {self.STEPS} steps.*after {self.done} steps"):
-            self.call(self.model, 1.0, 0)
-        self.done = 0
+        with torch.no_grad():
+            expected = self.call(self.plain, 1.0, 0)
+        assert excess(self.call(self.model, 1.0, 0), expected, ALLOWED) <= 1
+        self.reset(1)  # else what comes after may be of the trajectory that was cut short
 
     @precondition(lambda self: self.oracle is not None and self.done == self.STEPS)
     @rule()
     def go_on_too_long(self) -> None:
         with pytest.raises(StepError, match=rf"goes on after {self.STEPS} steps"):
-            self.call(self.model, self.time, 0)
+            for _ in range(2):  # the first may begin a trajectory in which the timesteps turn
+                self.call(self.model, self.time, 0)
+                self.done += 1
         self.done = 0
 
     @uncompiled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -217,3 +219,30 @@ def test_numbers_that_must_be_positive(model, options):
 def test_a_progress_bar_is_shown(model, capsys):
     smoothcache.calibrate(model, sample)
     assert "calibrating" in capsys.readouterr().err
+
+
+def slices(model, size=8):
+    """Like a diffusers pipeline: one timestep is expanded over the batch, and an input is a slice."""
+    x = torch.randn(2, size + 2, 16, generator=torch.Generator().manual_seed(0))[:, :size]
+    with torch.no_grad():
+        for timestep in torch.linspace(1000, 250, 4):
+            x = x - 0.1 * model(x, timestep.expand(2))
+    return x
+
+
+@pytest.mark.parametrize("sample", [slices, lambda model: [slices(model, 8), slices(model, 12)]])
+@pytest.mark.parametrize("options", [{"order": 1}, {"schedule": Schedule.uniform(4, 2)}], ids=["order", "schedule"])
+def test_calls_are_repeated_with_inputs_of_the_same_strides(model, sample, options, caplog):
+    calibration = calibrate(model, sample, **options)
+    assert calibration.timesteps == (1000.0, 750.0, 500.0, 250.0)
+    assert "captured as another graph" not in caplog.text
+
+
+def test_a_repeated_call_that_is_captured_anew_is_computed_and_told(model, monkeypatch, caplog):
+    """Copies that Dynamo sees as other inputs: branches without a history are computed, not looked up."""
+    monkeypatch.setattr("smoothcache_fx.observing.copied", functools.partial(torch.utils._pytree.tree_map, torch.clone))
+    plain = slices(model)
+    found = []
+    calibrate(model, lambda m: found.append(slices(m)), schedule=Schedule.uniform(4, 2))
+    torch.testing.assert_close(found[0], plain)
+    assert "was captured as another graph than the call itself" in caplog.text

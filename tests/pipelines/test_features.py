@@ -270,3 +270,22 @@ def test_calibration_wants_whole_runs_of_one_length():
     compiled(pipe)
     with pytest.raises(CompiledError, match="compiled already"):
         calibrate(pipe, lambda pipe: None)
+
+
+@pytest.mark.parametrize("name", ["dit_ddim", "sd3"])
+def test_choose_on_a_pipeline(name):
+    """Its timestep is expanded over the batch, so that the calls that are repeated must keep strides."""
+    case = CASES[name]
+    pipe = case.make()
+    choice = smoothcache.choose(
+        pipe,
+        lambda pipe: run(case, pipe, STEPS),
+        compute=0.6,
+        orders=(0, 1),
+        lags=2,
+        probes=2,
+        trajectories=6,
+        progress=False,
+    )
+    assert len(choice.trials) == 2 and choice.schedule.compute_fraction <= 0.6
+    assert len(choice.schedule.timesteps) == STEPS

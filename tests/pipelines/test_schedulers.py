@@ -158,7 +158,7 @@ def test_a_second_order_solver_says_how_many_timesteps_it_takes(pipe):
         run(DIT, pipe, 6)
 
 
-def test_a_call_outside_of_a_run_is_computed_or_refused(pipe, caplog):
+def test_a_call_outside_of_a_run_is_computed_in_full(pipe, caplog):
     x, y = embeds(2, 4, 8, 8), torch.tensor([0, 1])
     with torch.no_grad():
         plain = pipe.transformer(x, torch.tensor([5, 5]), y).sample
@@ -167,8 +167,11 @@ def test_a_call_outside_of_a_run_is_computed_or_refused(pipe, caplog):
             assert torch.equal(pipe.transformer(x, torch.tensor([5, 5]), y).sample, plain)
         assert sum("outside of a run of the pipeline's scheduler" in record.message for record in caplog.records) == 1
         run(DIT, pipe, STEPS)
-        with pytest.raises(StepError, match="called after the last of the scheduler's 6 steps"):
-            pipe.transformer(x, torch.tensor([5, 5]), y)
+        for _ in range(3):
+            assert torch.equal(pipe.transformer(x, torch.tensor([5, 5]), y).sample, plain)
+        assert (
+            sum("called after the last of the scheduler's 6 steps" in record.message for record in caplog.records) == 1
+        )
 
 
 def test_reset_forgets_what_is_cached(pipe):
@@ -226,18 +229,19 @@ def test_two_pipelines_share_transformer_and_scheduler():
     assert smoothcache.report(other).calls == 4 * STEPS
 
 
-def test_two_pipelines_share_a_transformer_with_schedulers_of_their_own():
+def test_two_pipelines_share_a_transformer_with_schedulers_of_their_own(caplog):
     pipe, other = sd3(), sd3()
     other.transformer = pipe.transformer
     other.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+    plain = run(SD3, other, STEPS)
     with cached_by_hand(SD3, pipe, ROWS):
         expected = run(SD3, pipe, STEPS)
     with cached_by_hand(SD3, other, ROWS):
         expected_other = run(SD3, other, STEPS)
     compiled(pipe)
     run(SD3, pipe, STEPS)
-    with pytest.raises(StepError, match="If another pipeline that shares it is running, call smoothcache.compile"):
-        run(SD3, other, STEPS)
+    assert torch.equal(run(SD3, other, STEPS), plain)
+    assert "If another pipeline that shares it is running, call smoothcache.compile" in caplog.text
     with pytest.raises(CompiledError, match="compiled already, for another pipeline with another schedule"):
         compiled(other, Schedule(STEPS, {"attn": [1, 0] * 3}))
     compiled(other)
