@@ -28,6 +28,7 @@ compile_lock = torch._dynamo.convert_frame.compile_lock
 #: Inside of these, tensor subclasses' ``__torch_function__`` is passed by, or is not again.
 NoTorchFunction = torch._C.DisableTorchFunctionSubclass
 TorchFunction = torch._C._EnableTorchFunction
+MOST_GRAPHS = 1 << 16
 InnerCompile = Callable[..., Any]
 #: What Dynamo and its backends raise where a function cannot be compiled.
 CompileError = torch._dynamo.exc.TorchDynamoException
@@ -86,6 +87,11 @@ def dynamo_compile(
             return compiled(*args, **kwargs)
 
     return call
+
+
+def no_recompile_limit() -> contextlib.AbstractContextManager[Any]:
+    """Inside, Dynamo captures a function anew as often as it must: a server meets any number of prompt lengths."""
+    return dynamo_config.patch(recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=MOST_GRAPHS)
 
 
 def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:

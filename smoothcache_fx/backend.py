@@ -22,7 +22,7 @@ from .passes import container_of, work_outside
 from .passes.facts import WEIGHT
 from .passes.guard import placeholders
 from .passes.names import common_module, drop_components, group_of, unique_names
-from .program import Binding, Dispatcher, GuardedProgram, Plan, SiteInfo, make_plan, picker
+from .program import Binding, CacheKeeper, Dispatcher, GuardedProgram, Plan, SiteInfo, make_plan, picker
 from .schedule import KINDS, Schedule
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,9 @@ class Program:
             for name, site in zip(unique_names(paths, kinds, call), builder.sites, strict=True)
         ]
         log.info("bound %d sites: %s", len(sites), ", ".join(site.name for site in sites))
-        return Binding(sites, self.session.plan(sites), builder.buffer_count)
+        binding = Binding(sites, self.session.plan(sites), builder.buffer_count)
+        self.session.keeper.add(binding)
+        return binding
 
 
 def _leave(program: weakref.ref[Program], key: tuple[int, ...], lost: object) -> None:
@@ -198,6 +200,7 @@ class Session:
         self.clock = clock
         #: The call that each thread is in.
         self.current = CurrentCall()
+        self.keeper = CacheKeeper()
         self.programs: list[Program] = []
         #: Whether more than one graph has run in one call of the model.
         self.broken = False
@@ -248,7 +251,7 @@ class Session:
 
     def dispatcher(self, builder: GraphBuilder) -> Dispatcher:
         """What runs the calls of a program; calibration puts an observer here."""
-        return GuardedProgram(builder, self.current, _torch.compile_lock)
+        return GuardedProgram(builder, self.current, self.keeper, _torch.compile_lock)
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The backend as Dynamo calls it: once per captured frame."""

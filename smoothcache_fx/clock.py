@@ -33,12 +33,15 @@ class Moment:
     Attributes:
         step: index of the step, from 0, in sampling order.
         stream: which of the step's calls this is; each stream has caches of its own.
-        trajectory: what is cached may be read only within one trajectory. Each has a number of its own.
+        trajectory: what is cached may be read only within one trajectory. Each has a number of its own, later ones
+            higher ones.
+        lane: trajectories of one lane follow each other, those of different lanes go on at the same time.
     """
 
     step: int
     stream: Hashable
     trajectory: int
+    lane: int = 0
 
 
 class ModelCall:

@@ -7,6 +7,7 @@ import logging
 import operator
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
@@ -129,19 +130,23 @@ class Stream:
     """The cache of one stream of a binding: its buffers, and for each site the steps whose outputs they hold.
 
     Attributes:
+        lane: of the trajectories that it is a stream of.
         buffers: the cache buffers, None until a variant needs them.
         stored: per site the steps whose outputs it holds, newest first; of a site without forecasts only the newest.
         heads: per site how many values it has stored, modulo the lengths of a ring of values and of one of differences:
             so which slot of either the next store writes. Empty where no site has a ring.
     """
 
-    def __init__(self, signature: tuple[Any, ...], buffers: int, sites: int, rings: bool) -> None:
+    def __init__(self, signature: tuple[Any, ...], lane: int, buffers: int, sites: int, rings: bool) -> None:
         self.signature = signature
+        self.lane = lane
         self.buffers: list[torch.Tensor | None] = [None] * buffers
         self.stored: list[tuple[int, ...]] = [()] * sites
         self.heads: tuple[int, ...] = (0,) * sites if rings else ()
         self.trajectory = -1
         self.last_step = -1
+        #: The last trajectory in which it was called.
+        self.called = -1
         #: A variant's buffers, for the heads that it is called with.
         self.arguments: dict[tuple[Variant, tuple[int, ...]], tuple[torch.Tensor, ...]] = {}
 
@@ -150,6 +155,10 @@ class Stream:
         self.trajectory, self.last_step = trajectory, -1
         self.stored = [()] * len(self.stored)
         self.heads = (0,) * len(self.heads)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers if buffer is not None)
 
 
 @dataclass(frozen=True)
@@ -211,13 +220,13 @@ class Binding:
         #: By step, by which steps' outputs the caches hold and where.
         self._weights: dict[tuple[Any, ...], torch.Tensor] = {}
 
-    def stream(self, key: Hashable, signature: tuple[Any, ...]) -> Stream:
+    def stream(self, key: Hashable, signature: tuple[Any, ...], lane: int = 0) -> Stream:
         """The stream's cache; a new and empty one where the shapes of the inputs have changed."""
         stream = self.streams.get(key)
         if stream is None or stream.signature != signature:
             if stream is not None and stream.last_step >= 0:
                 log.info("the shapes of the inputs changed from %s to %s: new caches", stream.signature, signature)
-            stream = Stream(signature, self.buffer_count, len(self.sites), bool(self.plan.orders))
+            stream = Stream(signature, lane, self.buffer_count, len(self.sites), bool(self.plan.orders))
             self.streams[key] = stream
         return stream
 
@@ -321,12 +330,49 @@ class Binding:
     @property
     def cache_bytes(self) -> int:
         """Bytes of all streams' buffers that exist."""
-        return sum(
-            buffer.numel() * buffer.element_size()
-            for stream in self.streams.values()
-            for buffer in stream.buffers
-            if buffer is not None
-        )
+        return sum(stream.cache_bytes for stream in self.streams.values())
+
+
+class CacheKeeper:
+    """Frees caches of graphs that no longer run: those belong to a trajectory, not to a graph.
+
+    When a trajectory begins, caches that the one before it in its lane has not used are idle: of another prompt length,
+    another adapter, a stream that guidance no longer needs. The ones used last are kept, as CUDA graphs find them where
+    they are, but together no more bytes than one trajectory has taken.
+    """
+
+    def __init__(self) -> None:
+        self._bindings: weakref.WeakSet[Binding] = weakref.WeakSet()
+        self._latest: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def add(self, binding: Binding) -> None:
+        with self._lock:
+            self._bindings.add(binding)
+
+    def begins(self, trajectory: int, lane: int) -> None:
+        """A stream of a trajectory begins; the first one of it frees what is idle."""
+        with self._lock:
+            if self._latest.get(lane) == trajectory:
+                return
+            self._latest[lane] = trajectory
+            self._free_idle(lane)
+
+    def _free_idle(self, lane: int) -> None:
+        groups: dict[int, list[tuple[Binding, Hashable]]] = {}
+        taken: Counter[int] = Counter()
+        for binding in self._bindings:
+            for key, stream in list(binding.streams.items()):
+                if stream.lane == lane:
+                    groups.setdefault(stream.called, []).append((binding, key))
+                    taken[stream.called] += stream.cache_bytes
+        most, kept = max(taken.values(), default=0), 0
+        for called in sorted(groups, reverse=True)[2:]:  # but for the trajectory that begins and the last one
+            kept += taken[called]
+            if kept > most:
+                log.info("caches of an earlier trajectory are freed: %d bytes", taken[called])
+                for binding, key in groups[called]:
+                    binding.streams.pop(key, None)
 
 
 def _clear(buffers: Sequence[torch.Tensor | None]) -> None:
@@ -352,8 +398,11 @@ class GuardedProgram:
 
     _boxed_call = True  # tells AOTAutograd that the inputs come as one list
 
-    def __init__(self, builder: VariantBuilder, current: CurrentCall, compiling: AbstractContextManager[Any]) -> None:
+    def __init__(
+        self, builder: VariantBuilder, current: CurrentCall, keeper: CacheKeeper, compiling: AbstractContextManager[Any]
+    ) -> None:
         self.builder = builder
+        self._keeper = keeper
         self.current = current
         self.variants: dict[Hashable, Variant] = {}
         #: Held where a variant is compiled: only one thread may compile at a time.
@@ -367,7 +416,10 @@ class GuardedProgram:
         binding, moment = call.binding, call.moment
         signature = tuple([inputs[i] for i in self.builder.shape_inputs])
         with self._lock:
-            stream = binding.stream(moment.stream, tuple([inputs[i] for i in self.builder.size_inputs]))
+            stream = binding.stream(moment.stream, tuple([inputs[i] for i in self.builder.size_inputs]), moment.lane)
+            if stream.called != moment.trajectory:
+                stream.called = moment.trajectory
+                self._keeper.begins(moment.trajectory, moment.lane)
             mask = binding.decide(stream, moment.trajectory, moment.step)
         variant = self._variant(binding, mask, signature, inputs)
         buffers = stream.arguments.get((variant, stream.heads))

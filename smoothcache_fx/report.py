@@ -51,7 +51,7 @@ class Report(Printable):
         failures: what the inner compiler failed on and what was done instead, with the number of variants.
         cache_bytes: cache buffers of all streams.
         mac_ratio: FLOPs of the same calls uncached over FLOPs of those that were run, counted on the variants'
-            graphs: the speed-up if time were arithmetic.
+            graphs: the speed-up if time were arithmetic. Uncompiled calls count as computed in full.
         times: what ``timed`` measured, per kind of step; empty without it.
         step_seconds: the same per step: median seconds of a call, by the step's index.
     """
@@ -197,6 +197,10 @@ def _report(forward: CompiledForward, prefix: str) -> tuple[Report, int, int]:
             done += sum(flops * count for (_, flops), count in binding.calls.items())
             uncached += program.builder.flops * sum(binding.calls.values())
         _count_sites(program, groups, prefix)
+    if forward.uncompiled_calls and forward.calls > forward.uncompiled_calls:
+        # They did what a call does that computes everything.
+        of_each = uncached // (forward.calls - forward.uncompiled_calls)
+        uncached, done = (flops + forward.uncompiled_calls * of_each for flops in (uncached, done))
     breaks = breaks_of(session)
     report = Report(
         trajectories=session.clock.trajectories,

@@ -21,6 +21,9 @@ from .streams import Streams
 
 log = logging.getLogger(__name__)
 
+#: The lane of calls that cannot be attributed to a run.
+UNKNOWN = -1
+
 # Which clocks follow a scheduler. Not an attribute of the scheduler: a copy of it is followed by nobody.
 _followers = WeakIdKeyDictionary()
 
@@ -458,7 +461,7 @@ class DenoiserClock:
     def _moment(self, call: Call) -> Moment:
         run = self.shared.enter(call)
         if run is None:
-            return Moment(0, None, self.shared.new_trajectory())
+            return self._unknown()
         trajectory, step, streams = run.streams.get(self, (-1, -1, None))
         if trajectory != run.trajectory:
             streams = Streams()
@@ -473,5 +476,9 @@ class DenoiserClock:
                 "full. To end that run, call its scheduler's set_timesteps or delete it",
                 call.model,
             )
-            return Moment(0, None, self.shared.new_trajectory())
-        return Moment(run.index, (*stream, run.lane) if run.lane else stream, run.trajectory)
+            return self._unknown()
+        return Moment(run.index, (*stream, run.lane) if run.lane else stream, run.trajectory, run.lane)
+
+    def _unknown(self) -> Moment:
+        """A call that cannot be attributed: a trajectory of its own."""
+        return Moment(0, None, self.shared.new_trajectory(), UNKNOWN)

@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 #: Share of FLOPs that lies in no site where the graph broke, before another capture is tried.
 WORTH_A_TRY = 0.01
 
+#: Graphs from which on Dynamo's limit is lifted: it is 8, after which it runs a function uncompiled for good.
+MANY_GRAPHS = 6
+
 
 class Traced:
     """A forward compiled for a session.
@@ -43,7 +46,10 @@ class Traced:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._tried:
-            return self._call(*args, **kwargs)
+            if len(self.session.programs) < MANY_GRAPHS:
+                return self._call(*args, **kwargs)
+            with _torch.no_recompile_limit():
+                return self._call(*args, **kwargs)
         try:
             inputs = copy.deepcopy((args, kwargs))  # the call may write to its own
         except Exception as error:  # noqa: BLE001 - whatever the caller's objects raise

@@ -218,3 +218,63 @@ def test_trajectories_are_the_same_in_every_grad_mode(mode):
         assert not any(output.requires_grad for output in actual)
         assert_trajectories_close(actual, expected, tolerance(torch.float32), str(mode))
     assert smoothcache.report(compiled).graphs == 1
+
+
+# Graphs that depend on a length, as where a rotary table is cut: a server meets many.
+
+
+class ByLength(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tables = {n: torch.linspace(0, 1, n)[None, :, None] for n in range(64)}
+        self.ffn = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 16))
+
+    def forward(self, x, timestep):
+        x = x + timestep[:, None, None] / 1000 + self.tables[x.shape[1]]
+        return x + self.ffn(x)
+
+
+@torch.no_grad()
+def sample_length(model, length, steps=4):
+    x = torch.randn(2, length, 16, generator=torch.Generator().manual_seed(length))
+    for step in range(steps):
+        x = x - 0.1 * model(x, torch.full((2,), 1000.0 * (1 - step / steps)))
+    return x
+
+
+@pytest.fixture
+def by_length():
+    torch.manual_seed(0)
+    return smoothcache.compile(ByLength().eval(), Schedule.uniform(4, 2), backend="eager")
+
+
+def test_more_lengths_than_dynamo_captures_by_itself(by_length):
+    lengths = range(8, 32, 2)
+    assert len(lengths) > torch._dynamo.config.recompile_limit
+    for length in lengths:
+        sample_length(by_length, length)
+    report = smoothcache.report(by_length)
+    assert report.uncompiled_calls == 0 and not report.forced
+    assert report.mac_ratio == pytest.approx(2.0)
+
+
+def test_caches_of_other_lengths_are_freed(by_length):
+    bytes_of = lambda length: 2 * length * 16 * 4
+    taken = []
+    for length in (40, 8, 12, 16, 20, 24, 28):
+        sample_length(by_length, length)
+        taken.append(smoothcache.report(by_length).cache_bytes)
+    assert max(taken) <= 2 * bytes_of(40) and taken[-1] >= bytes_of(28)
+    assert not smoothcache.report(by_length).forced
+
+
+def test_two_lengths_in_turn_keep_their_caches(by_length):
+    """CUDA graphs find them where they were."""
+    places = []
+    for length in (12, 16) * 3:
+        sample_length(by_length, length)
+        bindings = [binding for program in by_length.forward.session.programs for binding in program.bindings]
+        places.append(
+            {b.data_ptr() for one in bindings for s in one.streams.values() for b in s.buffers if b is not None}
+        )
+    assert places[2] == places[3] == places[4] == places[5] and len(places[5]) == 2
