@@ -46,6 +46,11 @@ class Frame:
         #: device (offloading does, at each run) gives it new buffers, but leaves the parameters the same objects.
         parameters = [i for i in self._static_names if isinstance(inputs[i], torch.nn.Parameter)]
         self.weights = tuple(parameters or self._static_names)
+        self._parameters = {id(inputs[i]) for i in parameters}
+
+    def has_all_of(self, root: torch.nn.Module | None) -> bool:
+        """Whether all parameters of the model are among the frame's inputs."""
+        return root is not None and self._parameters.issuperset(map(id, root.parameters())) and bool(self._parameters)
 
     def mark(self, captured: GraphModule) -> None:
         """Write the weights' names into the captured graph's placeholders, where the passes look for them."""
@@ -83,15 +88,18 @@ class Program:
         self._weight_names: list[dict[int, str]] = []
         self._places: dict[tuple[int, ...], _Place] = {}
         self._last: tuple[tuple[int, ...] | None, _Place | None] = None, None
+        # A frame with all parameters of the model runs at one place, even if offloading replaces them at each call.
+        self._only_place = _Place() if frame.has_all_of(session.root) else None
 
     def bind(self, inputs: Sequence[Any], call: ModelCall) -> Binding:
         """The binding for the frame's inputs: the weights say at which module, the count says which call of it."""
-        weights = self._weights_among(inputs)
-        key = tuple(map(id, weights))
-        last_key, place = self._last  # both at once: other threads set them, too
-        if key != last_key:  # to compare hundreds of numbers is faster than to hash them
-            place = self._place(key, weights)
-            self._last = key, place
+        if (place := self._only_place) is None:
+            weights = self._weights_among(inputs)
+            key = tuple(map(id, weights))
+            last_key, place = self._last  # both at once: other threads set them, too
+            if key != last_key:  # to compare hundreds of numbers is faster than to hash them
+                place = self._place(key, weights)
+                self._last = key, place
         if call.graphs:
             self.session.broken = True
         call.graphs += 1
@@ -103,7 +111,9 @@ class Program:
                     binding = self._new_binding(inputs, len(place.bindings))
                     place.bindings.append(binding)
                     self.bindings.append(binding)
-        return place.bindings[ordinal]
+        found = place.bindings[ordinal]
+        call.sites += len(found.sites)
+        return found
 
     def _place(self, key: tuple[int, ...], weights: Sequence[torch.Tensor]) -> _Place:
         with _torch.compile_lock:
@@ -138,6 +148,8 @@ class Program:
         self._weight_names.clear()
         self._places.clear()
         self._last = None, None
+        if self._only_place is not None:
+            self._only_place.bindings.clear()
         self.dispatcher.close()
 
     def _new_binding(self, inputs: Sequence[Any], call: int) -> Binding:

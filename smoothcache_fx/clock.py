@@ -50,22 +50,27 @@ class ModelCall:
     Attributes:
         moment: where the call is in its sampling.
         binding: of the captured graph that runs now, set just before it runs.
-        graphs: how many captured graphs have run in this call.
+        graphs, sites: how many captured graphs have run in this call, and how many sites they have.
         ordinals: per place in the model, how often its graph has run in this call.
     """
 
-    __slots__ = ("binding", "graphs", "moment", "ordinals")
+    __slots__ = ("binding", "graphs", "moment", "ordinals", "sites")
 
     def __init__(self, moment: Moment) -> None:
         self.moment = moment
         self.binding: Any = None
-        self.graphs = 0
+        self.graphs = self.sites = 0
         self.ordinals: dict[Any, int] = {}
 
     def end(self) -> None:
         """Hold on to no cache."""
         self.binding = None
         self.ordinals.clear()
+
+    def forget(self) -> None:
+        """No graph has run in this call: what has is of no account any more."""
+        self.end()
+        self.graphs = self.sites = 0
 
 
 class CurrentCall(threading.local):

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .dumping import write_session
 from .errors import CompiledError, NoSitesError
 from .pipelines import denoisers, is_pipeline
 from .scheduler_clock import DenoiserClock
+from .whole import hooked_modules
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class CompiledForward:
         original: its own forward, uncompiled.
         session: programs, schedule and clock.
         enabled: whether calls are cached and compiled; ``disabled(model)`` clears it for a while.
-        calls, uncompiled_calls: how many there were, and how many of them Dynamo declined to compile.
+        calls, uncompiled_calls: how many there were, and how many of them ran without any site of ours.
         peers: the compiled forwards that the schedule was given for: all denoisers of a pipeline.
         times: what ``timed`` measured last, a ``CallTime`` a call.
         run: what an enabled call does; ``timed`` wraps it.
@@ -74,6 +75,9 @@ class CompiledForward:
         self._compiled = compiled
         self._timestep = TimestepReader(self.original)
         self._checked_programs = 0
+        #: How many sites a call has had, at most.
+        self._most_sites = 0
+        self._told_fewer = False
         self._dump_directory = _dump_directory(type(place.model).__name__)
         self._dumped = 0
 
@@ -118,7 +122,7 @@ class CompiledForward:
                 output = self._compiled(*args, **kwargs)
                 if self.session.inner.cuda_graphs:
                     output = owned(output)  # samplers of several orders keep some of them
-            if len(self.session.programs) != self._checked_programs:
+            if self.session.programs and len(self.session.programs) != self._checked_programs:
                 self._check_sites()
         except BaseException:
             clock.abandon()
@@ -128,8 +132,11 @@ class CompiledForward:
             if self._dump_directory is not None:
                 self._dump()
         self.calls += 1
-        if not call.graphs:
-            self._note_uncompiled_call()
+        if not call.sites:
+            self._note_uncached_call(call)
+        elif call.sites < self._most_sites:
+            self._note_fewer_sites(call.sites)
+        self._most_sites = max(self._most_sites, call.sites)
         return output
 
     def _dump(self) -> None:
@@ -142,18 +149,42 @@ class CompiledForward:
             except Exception as error:  # noqa: BLE001 - looking on must not end a run, nor hide why it ended
                 log.warning("SMOOTHCACHE_DUMP: the graphs cannot be written: %s: %s", type(error).__name__, error)
 
-    def _note_uncompiled_call(self) -> None:
+    def _note_uncached_call(self, call: ModelCall) -> None:
         if not self.uncompiled_calls:
-            log.warning(
-                "Dynamo ran %s uncompiled and so uncached, most likely since it hit its recompile limit: see "
-                "TORCH_LOGS=recompiles for what changes between calls, or raise torch._dynamo.config.recompile_limit",
-                type(self.model).__name__,
-            )
+            if call.graphs:
+                log.warning(
+                    "%s ran with none of its sites, and so uncached.%s", type(self.model).__name__, self._hooks()
+                )
+            else:
+                log.warning(
+                    "Dynamo ran %s uncompiled and so uncached: TORCH_LOGS=recompiles,graph_breaks says why. If it has "
+                    "hit its recompile limit, raise torch._dynamo.config.recompile_limit",
+                    type(self.model).__name__,
+                )
         self.uncompiled_calls += 1
+
+    def _note_fewer_sites(self, sites: int) -> None:
+        """A model may have been told to leave out blocks. If not, a later graph has broken inside of branches."""
+        hooks = self._hooks()
+        if hooks and not self._told_fewer:
+            self._told_fewer = True
+            log.warning(
+                "%s ran with %d of its %d sites: the rest is uncached.%s",
+                type(self.model).__name__,
+                sites,
+                self._most_sites,
+                hooks,
+            )
+
+    def _hooks(self) -> str:
+        hooked = hooked_modules(self.model)
+        return f" If that goes on: {describe_hooks(hooked)}, and compile it again" if hooked else ""
 
     def _check_sites(self) -> None:
         """After the first call every graph of the model is known: does the schedule fit it?"""
         if not self._sites():
+            if self._most_sites:  # the model has changed while it ran: what it gives is right, but uncached
+                return
             raise no_sites_error(self.model, self.session)
         known = [peer._sites() for peer in self.peers]
         if all(known):
@@ -257,6 +288,15 @@ def check_inference(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
                 )
 
 
+def describe_hooks(hooked: Sequence[str]) -> str:
+    """What is wrong with hooks inside of a model, and what to do."""
+    return (
+        f"{len(hooked)} submodules, such as {hooked[0]}, have hooks of accelerate or diffusers: sequential or group "
+        "offloading, layerwise casting. They break the graph inside of the branches. Take them off, or offload the "
+        "model as a whole (enable_model_cpu_offload)"
+    )
+
+
 def no_sites_error(model: torch.nn.Module, session: Session) -> NoSitesError:
     """Says what was looked at, and why nothing of it can be cached."""
     rejections = [rejection for program in session.programs for rejection in program.builder.rejections]
@@ -270,6 +310,8 @@ def no_sites_error(model: torch.nn.Module, session: Session) -> NoSitesError:
     breaks = "".join(f"\n  {place}" for place in breaks_of(session))
     if breaks:
         looked += f"\nGraph breaks may have cut branches in two; the graph broke at{breaks}"
+    if hooked := hooked_modules(model):
+        looked += f"\n{describe_hooks(hooked)}"
     return NoSitesError(
         f"{type(model).__name__} has no residual branch that can be cached: in {len(session.programs)} captured "
         f"graph(s) these adds were looked at:\n{looked}\nA site is x + f(x) with a matmul, convolution or custom op "

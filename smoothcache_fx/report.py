@@ -46,7 +46,7 @@ class Report(Printable):
         breaks: lines of the model that broke the graph, with the reason, and how many graphs ended there.
         lost_share: FLOPs of blocks that lie in no site, over those of the model, where the graph broke.
         whole: modules that are one op in the graph and run uncompiled, since the graph would break inside of them.
-        uncompiled_calls: calls that Dynamo ran uncompiled, and so uncached.
+        uncompiled_calls: calls that ran uncached, since Dynamo ran them uncompiled or their graphs had no sites.
         forced: site calls that were computed although the schedule said reuse, by reason.
         failures: what the inner compiler failed on and what was done instead, with the number of variants.
         cache_bytes: cache buffers of all streams.
@@ -120,7 +120,7 @@ class Report(Printable):
         lines.extend(self._timings())
         lines.extend(describe_breaks(self.breaks, self.lost_share, self.whole))
         if self.uncompiled_calls:
-            lines.append(f"{self.uncompiled_calls} calls ran uncompiled and uncached: Dynamo hit its recompile limit")
+            lines.append(f"{self.uncompiled_calls} of the calls ran uncached: uncompiled, or in graphs without a site")
         for what, count in self.failures.items():
             lines.append(f"{count} variant{'s' if count > 1 else ''}: {what}")
         if self.forced:

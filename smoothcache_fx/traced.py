@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from . import _torch
-from .backend import Session, breaks_of, flops_in_sites, share_outside
+from .backend import Program, Session, breaks_of, flops_in_sites, share_outside
 from .eager_work import flops_by_container
-from .whole import WholeModules, record
+from .errors import SmoothCacheError
+from .whole import WholeModules, hooked_modules, record
 
 log = logging.getLogger(__name__)
 
@@ -42,20 +43,41 @@ class Traced:
         self._forward = forward
         self._compile = functools.partial(_torch.dynamo_compile, forward, session, **options)
         self._call = self._compile()
-        self._tried = False
+        self._tried = self._failed = False
+        #: Sites of the first call, and how often the capture may begin anew because a later one has fewer.
+        self._sites, self._again = 0, 3
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._tried:
-            if len(self.session.programs) < MANY_GRAPHS:
-                return self._call(*args, **kwargs)
-            with _torch.no_recompile_limit():
-                return self._call(*args, **kwargs)
+            graphs = len(self.session.programs)
+            try:
+                if graphs < MANY_GRAPHS:
+                    output = self._call(*args, **kwargs)
+                else:
+                    with _torch.no_recompile_limit():
+                        output = self._call(*args, **kwargs)
+            except (SmoothCacheError, _torch.CompileError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                if self._failed or self.session.root is None or not hooked_modules(self.session.root):
+                    raise
+                return self._uncompiled((args, kwargs), error)
+            if len(self.session.programs) != graphs:
+                self._look_at(self.session.programs[graphs:])
+            return output
         try:
             inputs = copy.deepcopy((args, kwargs))  # the call may write to its own
         except Exception as error:  # noqa: BLE001 - whatever the caller's objects raise
             log.info("captured in one way only, since the inputs cannot be copied: %s", error)
             inputs = None
-        output = self._call(*args, **kwargs)
+        try:
+            output = self._call(*args, **kwargs)
+        except (SmoothCacheError, _torch.CompileError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if inputs is None or self._failed:
+                raise
+            return self._uncompiled(inputs, error)
         self._tried = True
         if inputs is not None and breaks_of(self.session):
             self.session.eager_flops = self._eager_flops(inputs)
@@ -66,7 +88,47 @@ class Traced:
                 self._try(_with(modules, self._compile()), inputs, modules.names)
         if self.session.eager_flops:
             self.session.settled_share = share_outside(self.session)
+        self._sites = self.session.current.call.sites
         return output
+
+    def _look_at(self, programs: Sequence[Program]) -> None:
+        """Whether graphs that a later call has added have lost sites: the next call is then captured like a first one.
+
+        Hooks that offload or cast submodules may be put on after the first run, and break graphs inside of branches.
+        """
+        sites = self.session.current.call.sites
+        if 2 * sites < self._sites and self._again and any(program.graph_break for program in programs):
+            self._again -= 1
+            log.warning(
+                "the model was captured anew and broke into more graphs, with %d sites where it had %d: something has "
+                "changed in it, such as hooks for offloading. The next call captures it from the start",
+                sites,
+                self._sites,
+            )
+            self._begin_anew()
+
+    def _uncompiled(self, inputs: tuple[Any, Any], error: Exception) -> Any:
+        """What a call gives that has failed as Dynamo runs it; if it fails like this, too, that is its error.
+
+        The next call is compiled. accelerate's hooks make a function at their first call, which Dynamo cannot.
+        """
+        args, kwargs = inputs
+        output = self._forward(*args, **kwargs)
+        self._failed = True
+        log.warning(
+            "a call failed where Dynamo ran it, and so ran uncompiled; the next one is compiled from the start: %s: %s",
+            type(error).__name__,
+            error,
+        )
+        self._begin_anew()
+        return output
+
+    def _begin_anew(self) -> None:
+        """Forget what was captured: the next call is like a first one."""
+        self.session.close()
+        self.session.broken, self.session.settled_share, self.session.eager_flops = False, None, None
+        self.session.current.call.forget()
+        self._call, self._tried = self._compile(), False
 
     def _loses_work(self) -> bool:
         return bool(breaks_of(self.session)) and share_outside(self.session) >= WORTH_A_TRY

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import register_flop_formula
 
@@ -101,6 +102,9 @@ def whole_module(inputs: list[Tensor], weights: list[Tensor], number: int, keys:
 
 @whole_module.register_fake
 def _(inputs: list[Tensor], weights: list[Tensor], number: int, keys: int) -> Tensor:
+    if not inputs[0].is_meta and not isinstance(inputs[0], FakeTensor):
+        # Offloaded weights are on the meta device between calls, and the op is dispatched by them.
+        return _modules[number].run(inputs)
     return torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
 
 
@@ -168,7 +172,7 @@ def record(
             these are code of, the innermost is kept that can be.
         call: runs the model once, uncompiled, to see what its modules take and give.
     """
-    chains = _broken_classes(root, stacks)
+    chains = [*_broken_classes(root, stacks), *_around_hooks(root)]
     broken = {kind for chain in chains for kind in chain}
     recorded = _record({name: module for name, module in root.named_modules() if type(module) in broken}, call)
     kept: dict[str, WholeModule] = {}
@@ -177,6 +181,8 @@ def record(
             if found := {name: whole for name, whole in recorded.items() if type(whole.module) is kind}:
                 kept |= found
                 break
+    # One that contains another would hide its branch.
+    kept = {name: whole for name, whole in kept.items() if not any(inner.startswith(f"{name}.") for inner in kept)}
     return WholeModules(kept.values()) if kept else None
 
 
@@ -188,6 +194,25 @@ def _broken_classes(root: nn.Module, stacks: Iterable[Sequence[tuple[str, int]]]
         list(dict.fromkeys(kind for place in reversed(stack) for kind in lines if place in lines[kind]))
         for stack in stacks
     ]
+
+
+def _around_hooks(root: nn.Module) -> list[list[type[nn.Module]]]:
+    """For modules with hooks of accelerate or diffusers the classes of those that they are in, innermost first.
+
+    A hook breaks the graph wherever it runs, and the stack does not say around which module where Dynamo runs a loop of
+    blocks in Python.
+    """
+    parts = dict(root.named_modules())
+    chains: dict[tuple[type[nn.Module], ...], None] = {}
+    for hooked in hooked_modules(root):
+        around = [parts[name] for name in itertools.accumulate(hooked.split("."), "{}.{}".format) if name != hooked]
+        chains[tuple(type(part) for part in reversed(around))] = None
+    return [list(chain) for chain in chains]
+
+
+def hooked_modules(root: nn.Module) -> list[str]:
+    """Names of the submodules that accelerate or diffusers has put hooks on."""
+    return [name for name, part in root.named_modules() if name and vars(part).keys() & {"_hf_hook", "_diffusers_hook"}]
 
 
 def _lines_of(kind: type[nn.Module]) -> set[tuple[str, int]]:

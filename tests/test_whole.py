@@ -320,3 +320,54 @@ def test_work_grows_with_the_input():
     with FlopCounterMode(display=False) as counter:
         whole_module([torch.randn(6, 4)], [], held.number, -1)
     assert counter.get_total_flops() == 200
+
+
+# Hooks that accelerate puts on submodules: they break the graph wherever they run.
+
+
+class Mlps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2)
+        )
+
+    def forward(self, x, timestep):
+        x = x + timestep[:, None, None] / 1000
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@torch.no_grad()
+def sample_mlps(model, steps=6):
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    for step in range(steps):
+        x = x - 0.1 * model(x, torch.full((2,), 1000.0 - 100.0 * step))
+    return x
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before_compile", "after_a_run"])
+def test_hooks_on_submodules_leave_the_branches_cached(first, caplog):
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    model = Mlps().eval()
+    plain = sample_mlps(model)
+    schedule = Schedule(6, {"ffn": [1, 0, 0, 1, 0, 0]})
+    if first:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        smoothcache.compile(model, schedule, backend="eager")
+    else:
+        smoothcache.compile(model, schedule, backend="eager")
+    cached = sample_mlps(model)
+    if not first:
+        assert not caplog.records
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        sample_mlps(model)
+        assert "captures it from the start" in caplog.text
+    again = sample_mlps(model)
+    if not first:
+        torch.testing.assert_close(again, cached)
+    assert not torch.allclose(again, plain, atol=1e-4)
+    report = smoothcache.report(model)
+    assert report.uncompiled_calls <= 2 and report.groups[0].reused >= 8, str(report)
