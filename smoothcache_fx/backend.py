@@ -87,6 +87,7 @@ class Program:
         self._weights_among = picker(frame.weights)
         self._weight_names: list[dict[int, str]] = []
         self._places: dict[tuple[int, ...], _Place] = {}
+        self._named_places: dict[tuple[str | None, ...], _Place] = {}
         self._last: tuple[tuple[int, ...] | None, _Place | None] = None, None
         # A frame with all parameters of the model runs at one place, even if offloading replaces them at each call.
         self._only_place = _Place() if frame.has_all_of(session.root) else None
@@ -119,7 +120,12 @@ class Program:
         with _torch.compile_lock:
             place = self._places.get(key)
             if place is None:
-                place = self._places[key] = _Place()
+                known = self.session.weight_names()
+                names = tuple([known.get(identity) for identity in key])
+                # The model's own are known by name: hooks that offload submodules replace them at each call.
+                place = self._named_places.setdefault(names, _Place()) if None not in names else _Place()
+                self._places[key] = place
+                place.keep = None not in names
                 leave = functools.partial(_leave, weakref.ref(self), key)
                 place.weights = [weakref.ref(weight, leave) for weight in weights]
             return place
@@ -136,10 +142,13 @@ class Program:
         )
 
     def leave(self, key: tuple[int, ...]) -> None:
-        """Free the caches of a place that has lost a weight: another one may have its identity next."""
+        """Forget the identities of weights, one of which is gone: another one may have it next.
+
+        The place's caches are freed, unless it is known by the weights' names.
+        """
         place = self._places.pop(key, None)
         self._last = None, None
-        for binding in () if place is None else place.bindings:
+        for binding in () if place is None or place.keep else place.bindings:
             binding.streams.clear()
 
     def close(self) -> None:
@@ -147,6 +156,7 @@ class Program:
         self.bindings.clear()
         self._weight_names.clear()
         self._places.clear()
+        self._named_places.clear()
         self._last = None, None
         if self._only_place is not None:
             self._only_place.bindings.clear()
@@ -199,6 +209,8 @@ class _Place:
     def __init__(self) -> None:
         self.bindings: list[Binding] = []
         self.weights: list[weakref.ref[torch.Tensor]] = []
+        #: Whether it goes on when its weights are replaced.
+        self.keep = False
 
 
 class Session:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import smoothcache_fx as smoothcache
-from cases import Branch, Case, run_trajectory
+from cases import Branch, Case, randomize, run_trajectory
 from checks import check_all_compute, check_sites, check_trajectory
 from inline_dits import (
     WIDTH,
@@ -371,3 +371,39 @@ def test_hooks_on_submodules_leave_the_branches_cached(first, caplog):
     assert not torch.allclose(again, plain, atol=1e-4)
     report = smoothcache.report(model)
     assert report.uncompiled_calls <= 2 and report.groups[0].reused >= 8, str(report)
+
+
+@pytest.mark.parametrize("hooks", ["layerwise_casting", "sequential_offload"])
+def test_hooks_on_a_transformer_of_diffusers(hooks):
+    """Each linear has hooks. Offloading gives it new parameters at each call; names tell where it is."""
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+    model = randomize(model, 0).eval()
+    if hooks == "layerwise_casting":
+        model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    else:
+        pytest.importorskip("accelerate").cpu_offload(model, execution_device=torch.device("cpu"))
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def sample():
+        with torch.no_grad():
+            return [model(x, torch.full((2,), 900 - 100 * step), torch.tensor([1, 2])).sample for step in range(3)]
+
+    plain = sample()
+    smoothcache.compile(model, Schedule(3, {"ffn": [1, 0, 0]}), backend="eager")
+    sample()
+    before = {g.group: g.reused for g in smoothcache.report(model).groups}
+    again = sample()
+    torch.testing.assert_close(again[0], plain[0])
+    assert not torch.allclose(again[1], plain[1], atol=1e-4)
+    (reused,) = {g.reused - before[g.group] for g in smoothcache.report(model).groups if g.kind == "ffn"}
+    assert reused == 2 * 2, "both blocks at both steps"
