@@ -135,6 +135,13 @@ class Call:
             return tuple(value.detach().flatten().tolist())
         return (float(value),) if isinstance(value, (int, float)) else None
 
+    def all_timesteps(self, *, wait: bool = False) -> Any:
+        """The timestep argument's numbers, to compare with another call's, or None. ``wait`` as for ``timestep``."""
+        value = self._reader.value(self._args, self._kwargs)
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.tolist() if wait or value.device.type == "cpu" else None
+
     def tensors(self) -> dict[int | str, torch.Tensor]:
         """The tensors that the model is given, by position or name."""
         given = (*enumerate(self._args), *self._kwargs.items())
@@ -210,6 +217,7 @@ class Clock:
         self._thread = 0
         self._first: float | None = None
         self._last: float | None = None
+        self._last_every: Any = None
         #: Timesteps of the steps of this trajectory.
         self._seen: list[float | None] = []
         #: Whether two samplers take turns.
@@ -233,7 +241,8 @@ class Clock:
         return self._sequences | {tuple(self._seen)}
 
     def enter(self, call: Call, *, wait: bool = False) -> Moment:
-        return self.tick(call.timestep(wait=wait), call.model)
+        every = call.all_timesteps(wait=wait) if self.calls_per_step is None else None
+        return self.tick(call.timestep(wait=wait), call.model, every)
 
     def begin(self) -> None:
         """The next call is the first of a trajectory. From now on this begins each, and no count does."""
@@ -245,13 +254,14 @@ class Clock:
         """The call failed, so the trajectory is over: the next call begins another."""
         self._begin_next = True
 
-    def tick(self, timestep: float | None = None, model: str = "the model") -> Moment:
-        """Move to the next call."""
+    def tick(self, timestep: float | None = None, model: str = "the model", every: Any = None) -> Moment:
+        """Move to the next call. ``every`` are the timesteps of all samples or frames; the first frame's may stay 0."""
         with self._lock:
             if self._begin_next or self._begins(timestep, model):
                 self._start(timestep)
             else:
-                self._check_continues(timestep, model)
+                self._check_continues(timestep, model, every)
+            self._last_every = every
             moment = self._advance(timestep, model)
         self.latest = moment
         return moment
@@ -311,7 +321,7 @@ class Clock:
         self._begin_next = self._lost = False
         self._thread = threading.get_ident()
 
-    def _check_continues(self, timestep: float | None, model: str) -> None:
+    def _check_continues(self, timestep: float | None, model: str, every: Any) -> None:
         """Raise where the call cannot be the next of this trajectory; note where it may not be."""
         if threading.get_ident() != self._thread:
             self._misfit(
@@ -321,7 +331,7 @@ class Clock:
             )
         if timestep is None or self._explicit:
             return
-        if self.calls_per_step is None and timestep == self._last:
+        if self.calls_per_step is None and timestep == self._last and every == self._last_every:
             self._begin_next = True
             raise StepError(
                 f"{model} was called twice in a row at timestep {timestep:g}. If a step has several calls, as with "

@@ -59,7 +59,7 @@ class Traced:
             except (SmoothCacheError, _torch.CompileError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                if self._failed or self.session.root is None or not hooked_modules(self.session.root):
+                if not self._may_run_uncompiled():
                     raise
                 return self._uncompiled((args, kwargs), error)
             if len(self.session.programs) != graphs:
@@ -75,7 +75,7 @@ class Traced:
         except (SmoothCacheError, _torch.CompileError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if inputs is None or self._failed:
+            if inputs is None or not self._may_run_uncompiled():
                 raise
             return self._uncompiled(inputs, error)
         self._tried = True
@@ -106,6 +106,10 @@ class Traced:
                 self._sites,
             )
             self._begin_anew()
+
+    def _may_run_uncompiled(self) -> bool:
+        """Whether a call that has failed is to be made uncompiled: once, where hooks may be at fault."""
+        return not self._failed and self.session.root is not None and bool(hooked_modules(self.session.root))
 
     def _uncompiled(self, inputs: tuple[Any, Any], error: Exception) -> Any:
         """What a call gives that has failed as Dynamo runs it; if it fails like this, too, that is its error.

@@ -81,6 +81,18 @@ def test_inversion_then_sampling(first):
     assert [step for _, step, _ in ticks(clock, times)] == [0, 1, 2] * 2 and clock.trajectories == 2
 
 
+def test_a_first_frame_that_stays_clean_is_no_repeated_timestep():
+    """Timesteps by frame, of which that of the image that a video begins with is 0 at each step."""
+    clock, reader = Clock(3), TimestepReader(lambda x, timestep: x)
+    for _ in range(2):
+        for step in range(3):
+            call = Call("Model", reader, (0, torch.tensor([[0.0, 3.0 - step, 3.0 - step]])), {})
+            assert clock.enter(call).step == step
+    clock.enter(call)
+    with pytest.raises(StepError, match="twice in a row"):
+        clock.enter(call)
+
+
 def test_two_calls_at_one_timestep_need_to_be_told_how_many_make_a_step():
     clock = Clock(3)
     clock.tick(5.0)
