@@ -235,7 +235,7 @@ def test_more_and_fewer_steps_than_the_schedule(caplog):
     fewer = smoothcache.compile(randomize(Timed(), 0).eval(), SCHEDULE, backend="eager")
     for t in (1.0, 0.5):
         fewer(x, torch.full((2,), t))
-    assert not caplog.records
+    assert "began anew" not in caplog.text
     smoothcache.remove(more)  # it has the same weights
     with torch.no_grad():
         expected = more(x, torch.full((2,), 1.0))

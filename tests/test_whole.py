@@ -361,7 +361,7 @@ def test_hooks_on_submodules_leave_the_branches_cached(first, caplog):
         smoothcache.compile(model, schedule, backend="eager")
     cached = sample_mlps(model)
     if not first:
-        assert not caplog.records
+        assert "captures it" not in caplog.text
         accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
         sample_mlps(model)
         assert "captures it from the start" in caplog.text
