@@ -59,6 +59,6 @@ setup(
     },
     entry_points={
         "console_scripts": ["smoothcache = smoothcache_fx.cli:main"],
-        "torch_dynamo_backends": ["smoothcache = smoothcache_fx.backend:smoothcache_backend"],
+        "torch_dynamo_backends": ["smoothcache = smoothcache_fx.registered:smoothcache_backend"],
     },
 )

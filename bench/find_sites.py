@@ -16,7 +16,8 @@ from smoothcache_fx.passes import find_sites
 
 from smoothcache_fx import Schedule, _torch
 from smoothcache_fx.backend import Session
-from smoothcache_fx.clock import Clock, ModelCall
+from smoothcache_fx.calls import ModelCall
+from smoothcache_fx.clock import Clock
 from smoothcache_fx.inner import inner_compiler
 
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from smoothcache_fx import Schedule, _torch
 from smoothcache_fx.backend import Session
-from smoothcache_fx.clock import Clock, ModelCall
+from smoothcache_fx.calls import ModelCall
+from smoothcache_fx.clock import Clock
 from smoothcache_fx.inner import inner_compiler
 from smoothcache_fx.tables import format_table
 

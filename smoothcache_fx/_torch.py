@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 
 #: Held by Dynamo while it compiles a frame.
 compile_lock = torch._dynamo.convert_frame.compile_lock
-#: Inside of these, tensor subclasses' ``__torch_function__`` is passed by, or is not again.
+#: Contexts that switch the ``__torch_function__`` of tensor subclasses off, and on again.
 NoTorchFunction = torch._C.DisableTorchFunctionSubclass
 TorchFunction = torch._C._EnableTorchFunction
 MOST_GRAPHS = 1 << 16

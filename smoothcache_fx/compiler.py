@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 
 from .backend import Session
-from .clock import Clock, StepClock
+from .calls import StepClock
+from .clock import Clock
 from .errors import CompiledError
 from .forward import CompiledForward, ForwardPlace, compiled_forwards, forward_of
 from .inner import InnerCompiler, inner_compiler

@@ -16,7 +16,8 @@ import torch
 from . import _torch
 from .backend import Program, Session, breaks_of, share_outside
 from .build import GraphBuilder
-from .clock import Clock, ModelCall
+from .calls import ModelCall
+from .clock import Clock
 from .dumping import write_session
 from .errors import CompiledError
 from .forward import ForwardPlace, check_inference, compiled_forward, forward_of, no_sites_error

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .backend import Session, breaks_of, check_selectors
-from .clock import Call, ModelCall, TimestepReader
+from .calls import Call, ModelCall, TimestepReader
 from .cuda_graphs import owned
 from .dumping import write_session
 from .errors import CompiledError, NoSitesError

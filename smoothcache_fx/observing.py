@@ -12,7 +12,8 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ._replay import copied
-from .clock import Call, Clock, ModelCall, StepClock, TimestepReader
+from .calls import Call, ModelCall, StepClock, TimestepReader
+from .clock import Clock
 from .compiler import check_compilable
 from .errors import CalibrationError
 from .forward import ForwardPlace, check_inference, no_sites_error

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .clock import TIMESTEP_NAMES
+from .calls import TIMESTEP_NAMES
 from .scheduler_clock import DenoiserClock
 
 

@@ -15,7 +15,7 @@ import torch
 from ._replay import EffectSums, Subset, floating_tensors
 from .backend import Session
 from .build import GraphBuilder
-from .clock import ModelCall, Moment, StepClock
+from .calls import ModelCall, Moment, StepClock
 from .errors import CalibrationError
 from .forecast import weights
 from .inner import inner_compiler

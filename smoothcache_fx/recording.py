@@ -13,7 +13,8 @@ from ._optimal import reach
 from ._products import Products
 from ._replay import EffectSums
 from .calibration import Calibration
-from .clock import StepClock, agreed
+from .calls import StepClock
+from .clock import agreed
 from .errors import CalibrationError
 from .observing import observing
 from .recorder import Recorder

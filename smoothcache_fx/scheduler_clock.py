@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copyreg
-import functools
 import itertools
 import logging
 import threading
@@ -12,141 +10,17 @@ import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
-import torch
-from torch.utils.weak import WeakIdKeyDictionary
-
-from .clock import Call, Moment, first_difference
+from .calls import Call, Moment
+from .clock import first_difference
 from .errors import StepError
+from .scheduler_run import Run, timesteps_of
+from .scheduler_watch import unwatch, watch
 from .streams import Streams
 
 log = logging.getLogger(__name__)
 
 #: The lane of calls that cannot be attributed to a run.
 UNKNOWN = -1
-
-# Which clocks follow a scheduler. Not an attribute of the scheduler: a copy of it is followed by nobody.
-_followers = WeakIdKeyDictionary()
-
-
-def watch(scheduler: Any, clock: SchedulerClock) -> None:
-    """Tell ``clock`` of each ``set_timesteps`` and ``step`` of this scheduler from now on.
-
-    The instance gets a subclass of its class: pipelines deep-copy their scheduler (LTX2 has one for audio), and a
-    function put on the instance would go with the copy and move the clock twice a step. Copies, pickles and saved
-    configs are of the scheduler's own class.
-    """
-    if not _followers.get(scheduler):
-        scheduler.__class__ = _watched_class(type(scheduler))
-    _followers.setdefault(scheduler, []).append(clock)
-
-
-def unwatch(scheduler: Any, clock: SchedulerClock) -> None:
-    """Undo ``watch``; the last clock to leave gives the scheduler its class back."""
-    followers = _followers.get(scheduler, [])
-    if clock in followers:
-        followers.remove(clock)
-        if not followers:
-            del _followers[scheduler]
-            scheduler.__class__ = type(scheduler).__mro__[1]
-
-
-@functools.cache
-def _watched_class(base: type) -> type:
-    @functools.wraps(base.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = base.set_timesteps(self, *args, **kwargs)
-        for clock in _followers.get(self, ()):
-            clock.began(self)
-        return result
-
-    @functools.wraps(base.step)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = base.step(self, *args, **kwargs)
-        for clock in _followers.get(self, ()):
-            clock.stepped(self)
-        return result
-
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        function, arguments, *rest = base.__reduce_ex__(self, protocol)
-        if function is copyreg.__newobj__:
-            function = base.__new__  # pickle checks that the other one gets the object's own class
-        return function, tuple(base if argument is watched else argument for argument in arguments), *rest
-
-    members = {"set_timesteps": set_timesteps, "step": step, "__reduce_ex__": __reduce_ex__}
-    members.update(__module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
-    watched = type(base.__name__, (base,), members)
-    return watched
-
-
-class _Run:
-    """One run of a scheduler, from ``set_timesteps`` on.
-
-    Attributes:
-        scheduler: which one runs.
-        thread: where ``set_timesteps`` was called.
-        lane: which set of caches it has; runs of other threads that go on at the same time have others.
-        length: how many timesteps it has.
-        index: of the step, None before the first call.
-        trajectory: changes whenever nothing cached before may be used.
-        step_serial: identifies the step, also where several have one index.
-        doubtful: whether an earlier run of the thread has not ended, so that its calls may come between.
-        mixed: whether calls of two runs are known to take turns: none can be attributed.
-        streams: per denoiser, which of a step's calls are which.
-    """
-
-    def __init__(self, scheduler: Any, lane: int, trajectory: int, *, doubtful: bool) -> None:
-        self.scheduler = weakref.ref(scheduler)
-        self.thread = threading.get_ident()
-        self.lane = lane
-        self.length = len(scheduler.timesteps)
-        self.index: int | None = None
-        self.trajectory = trajectory
-        self.step_serial = 0
-        self.doubtful = doubtful
-        self.mixed = False
-        self.streams: dict[DenoiserClock, tuple[int, int, Streams]] = {}
-        # A scheduler that does not reset it would say where the last run ended.
-        self.trusts_step_index = getattr(scheduler, "step_index", None) is None
-        self.called_in_step = self.called_in_trajectory = False
-        self.start = 0
-        self.timesteps: list[tuple[float, ...]] = []
-        #: A call's timestep over the scheduler's.
-        self.scale: float | None = None
-
-    @property
-    def ended(self) -> bool:
-        return self.scheduler() is None or (self.index is not None and self.index >= self.length)
-
-    def next_step(self) -> None:
-        self.called_in_step = False
-        self.step_serial += 1
-
-    def stepped(self) -> None:
-        index = getattr(self.scheduler(), "step_index", None) if self.trusts_step_index else None
-        self.index = int(index) if index is not None else (self.index or 0) + 1
-        self.next_step()
-
-    def begin(self, call: Call) -> None:
-        """Set the index of the first step: not 0 where a pipeline begins with an image (strength below 1)."""
-        scheduler = self.scheduler()
-        index = getattr(scheduler, "step_index", None) if self.trusts_step_index else None
-        if index is None and hasattr(scheduler, "begin_index"):
-            index = scheduler.begin_index
-        elif index is None:
-            # DDIM and its like keep no index: one wait for the device per run.
-            timesteps, timestep = torch.as_tensor(scheduler.timesteps).tolist(), call.timestep(wait=True)
-            index = timesteps.index(timestep) if timestep in timesteps else 0
-        self.index = self.start = int(index or 0)
-
-    def fits(self, call: Call) -> bool:
-        """Whether the call's timestep is the step's, on the scale of the run's first call. Waits for the device."""
-        timestep = call.timestep(wait=True)
-        if timestep is None:
-            return True
-        own = float(torch.as_tensor(self.scheduler().timesteps)[self.index])
-        if self.scale is None and own:
-            self.scale = timestep / own
-        return self.scale is None or abs(timestep - self.scale * own) <= 1e-3 * max(abs(timestep), abs(self.scale))
 
 
 class SchedulerClock:
@@ -180,7 +54,7 @@ class SchedulerClock:
         self._ids = itertools.count()
         self._watched: list[weakref.ref[Any]] = []
         #: Runs that have begun and not ended; of each thread the last one is its own.
-        self._runs: list[_Run] = []
+        self._runs: list[Run] = []
         #: Whether a pipeline has ever ended a step by ``scheduler.step``; if not, the timesteps are read.
         self._seen_step = False
         self._told: set[str] = set()
@@ -227,7 +101,7 @@ class SchedulerClock:
             doubtful = any(run.thread == thread for run in self._runs)
             taken = {run.lane for run in self._runs if run.thread != thread}
             lane = next(lane for lane in itertools.count() if lane not in taken)
-            self._runs.append(_Run(scheduler, lane, self.new_trajectory(), doubtful=doubtful))
+            self._runs.append(Run(scheduler, lane, self.new_trajectory(), doubtful=doubtful))
             if self.following:
                 self._check_length(scheduler)
 
@@ -236,7 +110,7 @@ class SchedulerClock:
         for run in list(self._runs):
             self._end(run)
 
-    def _end(self, run: _Run) -> None:
+    def _end(self, run: Run) -> None:
         self._runs.remove(run)
         if run.called_in_trajectory:
             self.unfinished += run.index != (run.length if self._seen_step else run.length - 1)
@@ -257,7 +131,7 @@ class SchedulerClock:
             if own is not run:
                 run.mixed = own.mixed = True
 
-    def enter(self, call: Call) -> _Run | None:
+    def enter(self, call: Call) -> Run | None:
         """The run that a model call belongs to, at the call's step; None where that cannot be told."""
         self._look()
         run = self._own_run() or self._only_run()
@@ -290,21 +164,21 @@ class SchedulerClock:
         self._count(run)
         return run
 
-    def _own_run(self, thread: int | None = None) -> _Run | None:
+    def _own_run(self, thread: int | None = None) -> Run | None:
         """The last run that a thread (this one) has begun and not ended, or else the last one that has ended."""
         thread = threading.get_ident() if thread is None else thread
         own = [run for run in self._runs if run.thread == thread]
         return next((run for run in reversed(own) if not run.ended), own[-1] if own else None)
 
-    def _only_run(self) -> _Run | None:
+    def _only_run(self) -> Run | None:
         """The run of another thread, if it is the only one that has not ended."""
         runs = [run for run in self._runs if not run.ended]
         return runs[0] if len(runs) == 1 else None
 
-    def _runs_of(self, scheduler: Any) -> list[_Run]:
+    def _runs_of(self, scheduler: Any) -> list[Run]:
         return [run for run in self._runs if run.scheduler() is scheduler]
 
-    def _count(self, run: _Run) -> None:
+    def _count(self, run: Run) -> None:
         if not run.called_in_trajectory:
             run.called_in_trajectory = True
             self.trajectories += 1
@@ -315,7 +189,7 @@ class SchedulerClock:
             run.called_in_step = True
             self.steps_begun += 1
 
-    def _follow_timesteps(self, run: _Run, call: Call) -> None:
+    def _follow_timesteps(self, run: Run, call: Call) -> None:
         timesteps = call.timesteps()
         if timesteps is None:
             return
@@ -388,7 +262,7 @@ class SchedulerClock:
             "step); `with smoothcache.disabled(pipeline)` runs it uncached"
         )
 
-    def _compare(self, run: _Run, model: str) -> None:
+    def _compare(self, run: Run, model: str) -> None:
         """Say where the scheduler's timesteps are not those that the schedule was made for."""
         if self.timesteps is None:
             return
@@ -405,11 +279,6 @@ class SchedulerClock:
         if message not in self._told:
             log.warning(message, model)
             self._told.add(message)
-
-
-def timesteps_of(scheduler: Any) -> tuple[float, ...]:
-    """A scheduler's timesteps, in sampling order."""
-    return tuple(torch.as_tensor(scheduler.timesteps, dtype=torch.float64).flatten().tolist())
 
 
 def _alive(thread: int) -> bool:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from .calibration import ALL, Calibration
-from .clock import StepClock
+from .calls import StepClock
 from .comparison import as_vector, relative_l2
 from .errors import CalibrationError
 from .observing import observing

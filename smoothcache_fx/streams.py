@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .clock import Call
+from .calls import Call
 
 
 @dataclass

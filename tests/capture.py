@@ -10,7 +10,8 @@ from torch import nn
 from cases import Case
 from smoothcache_fx import Schedule, _torch
 from smoothcache_fx.backend import Program, Session
-from smoothcache_fx.clock import Clock, ModelCall
+from smoothcache_fx.calls import ModelCall
+from smoothcache_fx.clock import Clock
 from smoothcache_fx.inner import inner_compiler
 
 

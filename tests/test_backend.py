@@ -316,7 +316,7 @@ def registered(monkeypatch):
     """Dynamo finds the entry point only where the package is installed; tests may run on a bare tree."""
     from torch._dynamo.backends import registry
 
-    from smoothcache_fx.backend import smoothcache_backend
+    from smoothcache_fx.registered import smoothcache_backend
 
     monkeypatch.setitem(registry._COMPILER_FNS, "smoothcache", smoothcache_backend)
     monkeypatch.setitem(registry._BACKENDS, "smoothcache", None)

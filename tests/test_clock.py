@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smoothcache_fx import StepError
-from smoothcache_fx.clock import Call, Clock, TimestepReader
+from smoothcache_fx.calls import Call, TimestepReader
+from smoothcache_fx.clock import Clock
 from smoothcache_fx.scheduler_clock import DenoiserClock, SchedulerClock
 
 
@@ -173,7 +174,7 @@ def test_a_second_thread_is_refused_while_a_trajectory_is_under_way():
     clock = Clock(3)
     ticks(clock, [3.0, 2.0])
     with ThreadPoolExecutor(1) as other:
-        with pytest.raises(StepError, match="another thread has begun a trajectory"):
+        with pytest.raises(StepError, match="during another thread's trajectory, after 2 of its calls"):
             other.submit(clock.tick, 2.0).result()
         assert ticks(clock, [3.0, 2.0, 1.0])[-1] == (1, 2, 0)
         assert other.submit(ticks, clock, [3.0, 2.0, 1.0]).result()[-1] == (2, 2, 0)
