@@ -48,36 +48,33 @@ class Traced:
         self._sites, self._again = 0, 3
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._tried:
-            graphs = len(self.session.programs)
-            try:
-                if graphs < MANY_GRAPHS:
-                    output = self._call(*args, **kwargs)
-                else:
-                    with _torch.no_recompile_limit():
-                        output = self._call(*args, **kwargs)
-            except (SmoothCacheError, _torch.CompileError, torch.OutOfMemoryError):
+        try:
+            return self._later(args, kwargs) if self._tried else self._first(args, kwargs)
+        except (SmoothCacheError, _torch.CompileError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if not self._may_run_uncompiled():
                 raise
-            except Exception as error:
-                if not self._may_run_uncompiled():
-                    raise
-                return self._uncompiled((args, kwargs), error)
-            if len(self.session.programs) != graphs:
-                self._look_at(self.session.programs[graphs:])
-            return output
+            return self._uncompiled(args, kwargs, error)
+
+    def _later(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        graphs = len(self.session.programs)
+        if graphs < MANY_GRAPHS:
+            output = self._call(*args, **kwargs)
+        else:
+            with _torch.no_recompile_limit():
+                output = self._call(*args, **kwargs)
+        if len(self.session.programs) != graphs:
+            self._look_at(self.session.programs[graphs:])
+        return output
+
+    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             inputs = copy.deepcopy((args, kwargs))  # the call may write to its own
         except Exception as error:  # noqa: BLE001 - whatever the caller's objects raise
             log.info("captured in one way only, since the inputs cannot be copied: %s", error)
             inputs = None
-        try:
-            output = self._call(*args, **kwargs)
-        except (SmoothCacheError, _torch.CompileError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            if inputs is None or not self._may_run_uncompiled():
-                raise
-            return self._uncompiled(inputs, error)
+        output = self._call(*args, **kwargs)
         self._tried = True
         if inputs is not None and breaks_of(self.session):
             self.session.eager_flops = self._eager_flops(inputs)
@@ -111,12 +108,11 @@ class Traced:
         """Whether a call that has failed is to be made uncompiled: once, where hooks may be at fault."""
         return not self._failed and self.session.root is not None and bool(hooked_modules(self.session.root))
 
-    def _uncompiled(self, inputs: tuple[Any, Any], error: Exception) -> Any:
+    def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> Any:
         """What a call gives that has failed as Dynamo runs it; if it fails like this, too, that is its error.
 
         The next call is compiled. accelerate's hooks make a function at their first call, which Dynamo cannot.
         """
-        args, kwargs = inputs
         output = self._forward(*args, **kwargs)
         self._failed = True
         log.warning(
@@ -131,6 +127,7 @@ class Traced:
         """Forget what was captured: the next call is like a first one."""
         self.session.close()
         self.session.broken, self.session.settled_share, self.session.eager_flops = False, None, None
+        self.session.whole = ()
         self.session.current.call.forget()
         self._call, self._tried = self._compile(), False
 
