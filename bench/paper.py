@@ -68,7 +68,10 @@ def run(subject: Subject, arguments: argparse.Namespace) -> None:
     """Calibrate, schedule for each alpha, compile, sample in turns with the plain compiled model; print and write."""
     target = subject.build()
     calibration = smoothcache.calibrate(
-        target, lambda target: [subject.sample(target, seed) for seed in range(arguments.samples)], lags=subject.lags
+        target,
+        lambda target: [subject.sample(target, seed) for seed in range(arguments.samples)],
+        lags=subject.lags,
+        order=None,
     )
     print(calibration)
     plain = subject.build()

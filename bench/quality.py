@@ -82,10 +82,10 @@ def plan(model: torch.nn.Module, sampler: Sampler, arguments: argparse.Namespace
         for seed in range(10):  # as the paper calibrates: ten samples
             sampler.run(model, torch.tensor([seed % 10]), steps, 1000 + seed)
 
-    greedy = smoothcache.calibrate(model, one_by_one, progress=False)
+    greedy = smoothcache.calibrate(model, one_by_one, order=None, progress=False)
     for share in shares:
         with contextlib.suppress(smoothcache.CalibrationError):  # three lags do not reach as low as all shares
-            rows = greedy.schedule(compute=share)
+            rows = greedy.schedule(compute=share, solver="greedy")
             points.append(Point("alpha", share, rows))
             points += [Point(f"alpha, order {order}", share, replace(rows, order=order)) for order in ORDERS[1:]]
 

@@ -1,24 +1,21 @@
-"""Error models for plans, and the plans that are best by them: rows of their own for groups, or one row for all."""
+"""Error models: what a row, or a segment of one, is predicted to be off by."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._effects import Effects
-from ._optimal import Costs, best_rows, reach, segment_costs, share
-from ._products import group_matrix
-from ._rows import times_of, whole_number
-from ._statistics import combine
+from ._optimal import Costs, reach, segment_costs
 from .errors import CalibrationError
 from .forecast import weights
 from .schedule import Schedule
-from .site_errors import SiteErrors
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -27,6 +24,9 @@ Array = NDArray[np.float64]
 #: The share of a plan's squared error that is taken to add up over segments as if they were independent: samplers turn
 #: effects on their way to the end, and what is predicted of one calibration is a little different for other seeds.
 INDEPENDENT = 0.1
+#: The same where a row that was searched for is compared with one that was not: the search has found rows whose errors
+#: undo each other in the calibration's samples, which they do less in others.
+CAUTIOUS = 0.3
 #: How far a computed step is moved at a time, in search of a better row.
 FARTHEST_MOVE = 6
 
@@ -93,6 +93,16 @@ def forecasts(computed: tuple[int, ...], lags: int, times: Sequence[float] | Non
 @functools.lru_cache(maxsize=4096)
 def _even(ages: tuple[int, ...], lags: int) -> Array:
     return np.array([weights([-age for age in ages], ahead) for ahead in range(1, lags + 1)])
+
+
+def every_nth_row(steps: int, count: int, keep_last: bool = False) -> list[bool]:
+    """Every n-th step, for the least n that computes at most ``count``; the last too if it must be, and can."""
+    interval = math.ceil(steps / count)
+    row = [step % interval == 0 for step in range(steps)]
+    if keep_last and not row[-1]:
+        row[-1] = True
+        return row if sum(row) <= count else []
+    return row
 
 
 def even_row(steps: int, count: int) -> list[bool]:
@@ -163,10 +173,10 @@ class JointPlan:
         error = (1 - independent) * float(together @ together) + independent * alone
         return float(np.nan_to_num(error, nan=np.inf))
 
-    def improve(self, row: Sequence[bool], keep_last: bool) -> list[bool]:
+    def improve(self, row: Sequence[bool], keep_last: bool, independent: float = INDEPENDENT) -> list[bool]:
         """Move one computed step at a time, each time the one that lowers the error most, until none does."""
         computed = [step for step, decision in enumerate(row) if decision]
-        least = self._error(computed)
+        least = self._error(computed, independent)
         while True:
             best = None
             for step in computed:
@@ -176,7 +186,7 @@ class JointPlan:
                     if other in computed:
                         continue
                     moved = sorted({*computed, other} - {step})
-                    error = self._error(moved)
+                    error = self._error(moved, independent)
                     if error < least:
                         least, best = error, moved
             if best is None:
@@ -184,61 +194,38 @@ class JointPlan:
             computed = best
 
 
-def optimal_rows(
-    calibration: Calibration,
-    budget: float,
-    order: int,
-    rows: str | None,
-    times: Sequence[float] | None,
-    keep_last: bool,
-) -> dict[str, list[bool]]:
-    """The rows of the schedule of least predicted error that computes at most a share ``budget`` of the FLOPs.
+class LagPlan:
+    """Rows that groups share, by their errors alone: what there is without effects, for reads of order 0."""
 
-    Raises:
-        CalibrationError: as `Calibration.schedule`.
-    """
-    order = whole_number(order, "order", 0, CalibrationError)
-    times = None if times is None else times_of(times, calibration.steps)
-    if rows is None:
-        rows = "joint" if calibration.effects is not None else "group"
-    if rows == "joint":
-        plan = joint_plan(calibration, order, times)
-        costs, found = best_rows(plan.costs(), keep_last)
-        count = share({"": costs}, None, budget)[""]
-        # Errors of even gaps undo each other, which the program cannot see: improving them may lead to a better end.
-        starts = [found[count], even_row(calibration.steps, count)] if count > 1 else [found[count]]
-        row = min((plan.improve(start, keep_last) for start in starts), key=plan.error)
-        return dict.fromkeys(calibration.groups, row)
-    if rows not in ("group", "site"):
-        raise CalibrationError(f"rows is {rows!r}, expected 'joint', 'group' or 'site'")
-    parts = calibration.groups if rows == "group" else {site.name: (site,) for site in calibration.sites}
-    solved = {key: best_rows(_costs(calibration, sites, order, times), keep_last) for key, sites in parts.items()}
-    flops: dict[str, float] | None = {key: sum(site.flops for site in sites) for key, sites in parts.items()}
-    flops = flops if any(flops.values()) else None
-    counts = share({key: costs for key, (costs, _) in solved.items()}, flops, budget)
-    return {key: solved[key][1][count] for key, count in counts.items()}
+    def __init__(self, calibration: Calibration, groups: Iterable[str]) -> None:
+        ones = np.ones(calibration.steps)
+        self._costs = functools.reduce(
+            np.add,
+            (lag_costs(calibration.error(group), calibration.sensitivity.get(group, ones)) for group in groups),
+        )
 
+    def costs(self) -> Costs:
+        """Costs of segments, each by itself."""
+        return self._costs
 
-def _costs(calibration: Calibration, sites: Sequence[SiteErrors], order: int, times: Sequence[float] | None) -> Costs:
-    """The costs of segments of a group, or of a site."""
-    ones = np.ones(calibration.steps)
-    importance = calibration.sensitivity.get(sites[0].group, ones)
-    products = [site.products for site in sites if site.products is not None]
-    if len(products) == len(sites):
-        if reach(calibration.lags, order) > products[0].reach:
-            raise _too_high(calibration, order)
-        # What a group's error does is shared by its sites as if each did it by itself.
-        return product_costs(group_matrix(products), importance, calibration.lags, order, times)
-    if order:
-        raise _too_high(calibration, order)
-    return lag_costs(combine([site.moments for site in sites])[1], importance)
+    def error(self, row: Sequence[bool], independent: float = 1.0) -> float:
+        """The sum of the row's segments; infinite where it reuses for longer than was measured."""
+        computed = [step for step, decision in enumerate(row) if decision]
+        reused = [end - step - 1 for step, end in pairwise([*computed, len(row)])]
+        if max(reused) >= self._costs.shape[1]:
+            return math.inf
+        return float(self._costs[computed, reused].sum())
+
+    def improve(self, row: Sequence[bool], keep_last: bool, independent: float = 1.0) -> list[bool]:
+        """The row: of such costs the program finds the best there is."""
+        return list(row)
 
 
 def joint_plan(calibration: Calibration, order: int, times: Sequence[float] | None) -> JointPlan:
     """The error model for rows that all groups share; CalibrationError if the calibration lacks what it needs."""
     effects = calibration.effects
     if effects is None or reach(calibration.lags, order) > effects.reach:
-        raise _too_high(calibration, order)
+        raise too_high(calibration, order)
     importance = calibration.sensitivity.get("*", np.ones(calibration.steps))
     return JointPlan(effects, importance, calibration.lags, order, times)
 
@@ -255,7 +242,7 @@ def predicted_error(calibration: Calibration, schedule: Schedule) -> float:
     return math.sqrt(joint_plan(calibration, orders.pop(), schedule.times).error(rows.pop(), independent=0.0))
 
 
-def _too_high(calibration: Calibration, order: int) -> CalibrationError:
+def too_high(calibration: Calibration, order: int) -> CalibrationError:
     return CalibrationError(
         f"the calibration does not say what reads of order {order} err by: calibrate(..., lags={calibration.lags}, "
         f"order={order}) measures it"

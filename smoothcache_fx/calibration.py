@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._clusters import joined, variants_of
 from ._effects import Effects
 from ._files import check_header, read_object
-from ._plans import optimal_rows, predicted_error
+from ._html import calibration_html
+from ._planner import optimal_rows, warn_if_behind
+from ._plans import predicted_error
 from ._rows import numbers_of, scalar, whole_number
 from ._solve import alpha_for, scan
 from ._statistics import Moments, combine, half_width
@@ -135,28 +138,37 @@ class Calibration:
         *,
         alpha: float | None = None,
         compute: float | None = None,
-        solver: str = "greedy",
-        order: int = 0,
+        solver: str | None = None,
+        order: int | None = None,
         rows: str | None = None,
+        max_variants: int | None = None,
         times: Sequence[float] | None = None,
         keep_last: bool | None = None,
     ) -> Schedule:
-        """A schedule by the paper's rule (``greedy``), or of the least predicted error for a budget (``optimal``).
+        """The best schedule for a budget (``compute``), or the one of the paper's rule (``alpha``).
 
-        The paper's rule: from each computed step, the longest reuse whose error is at most `alpha`.
+        For a budget all groups share one row, so that two variants are all there is to compile: the row and the order
+        of forecasts that are predicted to move the final sample least. Where none is predicted to be clearly better it
+        is every n-th step, without forecasts.
+
+        The paper's rule: from each computed step, the longest reuse whose error is at most `alpha`. Each group has a
+        row of its own.
 
         Args:
-            alpha: the largest error allowed, the same for all groups, at least 0. For ``greedy`` alone.
-            compute: in place of alpha: the largest share of the branches' FLOPs to compute, in (0, 1]; of alphas the
-                one that comes closest from below is taken (for rows of groups `alpha_for` gives it).
-            solver: ``greedy`` or ``optimal``. The latter needs ``calibrate(..., order=...)``, or order 0 and rows of
-                groups. It is the better the better errors are known to reach the end: see ``measure_sensitivity``.
-            order: of the reads, 0 to 2. A greedy schedule's rows are those for order 0.
-            rows: ``joint``, one row for all groups; ``group``, one for each, which share the budget by their FLOPs;
-                ``site``, one for each site, of ``optimal`` alone. The default of ``optimal`` is joint where the
-                calibration allows it: forecasts are more exact where all branches of a step are computed together.
-                That of ``greedy`` is group, as in the paper; joint rows reuse where all groups' errors allow it.
-            times: a position for each step, in which reads are polynomials (see `Schedule`).
+            alpha: the largest error allowed, the same for all groups, at least 0.
+            compute: in place of alpha: the largest share of the branches' FLOPs to compute, in (0, 1].
+            solver: ``optimal``, the default for compute: the rows of least predicted error. ``greedy``, the default for
+                alpha: the paper's rule; with compute it takes the alpha that comes closest from below (for rows of
+                groups `alpha_for` gives it).
+            order: of the forecasts, 0 to 2. The default of ``optimal`` is the best of those that the calibration can
+                predict (``calibrate(..., order=...)``); that of ``greedy`` is 0, whose rows it has at any order.
+            rows: ``joint``, one row for all groups, the default of ``optimal`` (where it can predict it: without
+                effects for order 0); ``group``, the default of ``greedy``, one for each group, which ``optimal`` has
+                share the budget by their FLOPs, groups under 3% of them following the one before; ``site``, one for
+                each site, of ``optimal`` alone. Joint rows of ``greedy`` reuse where all groups' errors allow it.
+            max_variants: the most variants that there may be, at least 2: groups whose rows differ least then share
+                one. By default as many as the rows make.
+            times: a position for each step, in which forecasts are polynomials (see `Schedule`).
             keep_last: compute the last step too, as the paper's code does: the default of ``greedy``.
 
         Returns:
@@ -165,30 +177,57 @@ class Calibration:
         Raises:
             CalibrationError: if not exactly one of alpha and compute is given, one is out of range, the calibration
                 lacks what the solver needs, or no schedule meets the budget.
+
+        Example:
+            >>> schedule = calibration.schedule(compute=0.5)  # at most half of the branches' FLOPs
+            >>> paper = calibration.schedule(alpha=0.18)
         """
-        if solver not in ("greedy", "optimal"):
+        if solver not in (None, "greedy", "optimal"):
             raise CalibrationError(f"solver is {solver!r}, expected 'greedy' or 'optimal'")
         if (alpha is None) == (compute is None):
             raise CalibrationError(f"alpha is {alpha} and compute is {compute}; give exactly one of them")
-        if solver == "optimal":
-            if compute is None:
-                raise CalibrationError("the optimal solver wants compute, the share of FLOPs, and no alpha")
+        if max_variants is not None:
+            max_variants = whole_number(max_variants, "max_variants", 2, CalibrationError)
+        if solver == "optimal" and compute is None:
+            raise CalibrationError("the optimal solver wants compute, the share of FLOPs, and no alpha")
+        found: Mapping[str, Sequence[bool]]
+        if compute is not None and solver != "greedy":
             budget = self._share_of_flops(compute)
-            found = optimal_rows(self, budget, order, rows, times, bool(keep_last))
+            found, order = optimal_rows(self, budget, order, rows, times, bool(keep_last), max_variants)
             flops = self._flops() if rows != "site" else {site.name: site.flops for site in self.sites}
             flops = flops if flops and any(flops.values()) else None
             return Schedule(self.steps, found, order=order, flops=flops, times=times, timesteps=self.timesteps)
-        keep_last = keep_last is not False
-        errors = self._greedy_errors(rows)
-        if compute is not None:
-            flops = self._flops() if errors.keys() == self.groups.keys() else None
-            alpha = alpha_for(errors, self._share_of_flops(compute), flops, keep_last)
-        number = scalar(alpha)
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not number >= 0:
-            raise CalibrationError(f"alpha is {alpha!r}, expected a number of at least 0, such as 0.18")
-        scanned = {key: scan(error, number, keep_last) for key, error in errors.items()}
-        found = {group: scanned[group if group in scanned else ALL] for group in self.groups}
-        return Schedule(self.steps, found, order=order, flops=self._flops(), times=times, timesteps=self.timesteps)
+        found = self._greedy_rows(alpha, compute, rows, keep_last is not False, max_variants)
+        order = 0 if order is None else order
+        schedule = Schedule(self.steps, found, order=order, flops=self._flops(), times=times, timesteps=self.timesteps)
+        warn_if_behind(self, schedule)
+        return schedule
+
+    def _greedy_rows(
+        self, alpha: float | None, compute: float | None, rows: str | None, keep_last: bool, max_variants: int | None
+    ) -> dict[str, list[bool]]:
+        """The paper's rule for each group, or for groups that share a row, whose errors are the largest of theirs."""
+        if rows not in (None, "group", "joint"):
+            hint = "; rows of sites need solver='optimal'" if rows == "site" else ""
+            raise CalibrationError(f"rows is {rows!r}, expected 'joint' or 'group' with the greedy solver{hint}")
+        of_each = {group: self.error(group) for group in self.groups}
+        clusters = [tuple(of_each)] if rows == "joint" else [(group,) for group in of_each]
+        while True:
+            errors = {
+                " + ".join(cluster): np.maximum.reduce([of_each[group] for group in cluster]) for cluster in clusters
+            }
+            threshold = alpha
+            if compute is not None:
+                flops = self._flops()
+                weights = flops and {" + ".join(c): sum(flops[group] for group in c) for c in clusters}
+                threshold = alpha_for(errors, self._share_of_flops(compute), weights, keep_last)
+            number = scalar(threshold)
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not number >= 0:
+                raise CalibrationError(f"alpha is {alpha!r}, expected a number of at least 0, such as 0.18")
+            found = [scan(error, number, keep_last) for error in errors.values()]
+            if max_variants is None or variants_of(found) <= max_variants:
+                return {group: row for cluster, row in zip(clusters, found, strict=True) for group in cluster}
+            clusters = joined(clusters, found)
 
     def predicted_error(self, schedule: Schedule) -> float:
         """What a schedule that has one row and one order for all groups is predicted to be off by at the end.
@@ -213,16 +252,6 @@ class Calibration:
         number = self._share_of_flops(compute)
         errors = {group: self.error(group) for group in self.groups}
         return alpha_for(errors, number, self._flops(), keep_last)
-
-    def _greedy_errors(self, rows: str | None) -> dict[str, NDArray[np.float64]]:
-        """What the paper's rule goes by: each group's error, or for joint rows the largest of all groups."""
-        errors = {group: self.error(group) for group in self.groups}
-        if rows in (None, "group"):
-            return errors
-        if rows == "joint":
-            return {ALL: np.maximum.reduce(list(errors.values()))}
-        hint = "; rows of sites need solver='optimal'" if rows == "site" else ""
-        raise CalibrationError(f"rows is {rows!r}, expected 'joint' or 'group' with the greedy solver{hint}")
 
     def _share_of_flops(self, compute: object) -> float:
         number = scalar(compute)
@@ -315,28 +344,36 @@ class Calibration:
         except CalibrationError as reason:
             raise CalibrationError(f"{str(path)!r} holds no valid calibration: {reason}") from reason
 
-    def __str__(self) -> str:
-        """A table of the groups, with the median over the steps of each lag's error, and its 95% interval."""
+    def lines(self) -> list[list[str]]:
+        """What is printed, cell by cell: a title, a heading, a line per group, and a note."""
         counts = [int(n) for site in self.sites for n in site.count[0, 1:]] or [0]
         seen = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         title = (
             f"{self.steps} steps, {len(self.sites)} sites, {seen} observations of each site at each step, "
             f"history {self.history_bytes / 2**20:.1f} MiB"
         )
-        table = [["group", "kind", "sites", "FLOPs", *(f"lag {lag}" for lag in range(1, self.lags + 1))]]
+        table = [[title], ["group", "kind", "sites", "FLOPs", *(f"lag {lag}" for lag in range(1, self.lags + 1))]]
         total = sum(site.flops for site in self.sites) or 1.0
         for group, sites in self.groups.items():
             share = sum(site.flops for site in sites) / total
             kinds = "/".join(dict.fromkeys(site.kind for site in sites))
             cells = map(_median, self.error(group), self.interval(group))
             table.append([group, kinds, str(len(sites)), f"{share:.1%}", *cells])
+        return [*table, ["(error: median over the steps, with the mean's 95% interval there)"]]
+
+    def __str__(self) -> str:
+        """A table of the groups, with the median over the steps of each lag's error, and its 95% interval."""
+        title, *table, note = self.lines()
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         aligns = "<<" + ">" * (len(widths) - 2)
         lines = []
         for row in table:
             cells = zip(row, aligns, widths, strict=True)
             lines.append("  ".join(f"{cell:{align}{width}}" for cell, align, width in cells))
-        return "\n".join([title, *lines, "(error: median over the steps, with the mean's 95% interval there)"])
+        return "\n".join([*title, *lines, *note])
+
+    def _repr_html_(self) -> str:
+        return calibration_html(self)
 
     def _moments(self, group: str) -> Moments:
         sites = [site.moments for site in self.sites if site.group == group]

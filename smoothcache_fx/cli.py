@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 #: Thresholds of the demo's schedules, which compute about a half to a third of the branches' FLOPs.
 DEMO_ALPHAS = (0.08, 0.12, 0.18)
+QUICK_ALPHAS = (0.3,)
 PROGRESS = "say every few seconds on stderr which step runs (if that is a terminal)"
 FACTORY = "MODULE:FACTORY, or path/to/file.py:FACTORY: called without arguments, it returns"
 
@@ -61,9 +62,10 @@ def parser() -> argparse.ArgumentParser:
         "calibrate, schedule, compile and sample a small trained DiT, and measure all of it",
         "demo --alphas 0.1 0.2 --output results",
     )
-    demo.add_argument("--samples", type=int, default=100, help="images per configuration, in batches of 50 (100)")
-    demo.add_argument("--alphas", type=float, nargs="+", default=DEMO_ALPHAS, metavar="ALPHA", help="thresholds")
-    demo.add_argument("--steps", type=int, default=50, help="denoising steps (50)")
+    demo.add_argument("--quick", action="store_true", help="20 steps and one alpha")
+    demo.add_argument("--samples", type=int, default=150, help="images per configuration, in batches of 50 (150)")
+    demo.add_argument("--alphas", type=float, nargs="+", metavar="ALPHA", help="thresholds")
+    demo.add_argument("--steps", type=int, help="denoising steps (50)")
     demo.add_argument("--backend", default="inductor", help="inner compiler (inductor)")
     demo.add_argument("--output", type=Path, default=Path("smoothcache-demo"), help="folder for what is written")
 
@@ -108,16 +110,17 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument("factory", help=f"{FACTORY} a model or pipeline, and a function that samples with it")
     calibrate.add_argument("-o", "--output", type=Path, required=True, help="the calibration file")
     calibrate.add_argument("--lags", type=int, default=3, help="how many steps back to look (3)")
-    calibrate.add_argument("--order", type=int, help="also measure what optimal schedules of forecasts up to it need")
+    calibrate.add_argument("--order", type=int, default=1, help="of the forecasts that schedules may have (1)")
+    calibrate.add_argument("--paper", action="store_true", help="measure what the paper's rule needs, and no more")
     calibrate.add_argument(
-        "--probes", type=int, help="with --order: runs to see how errors at a step reach the end (4; 0 for none)"
+        "--probes", type=int, default=0, help="further runs to see how errors at a step reach the end (0)"
     )
     calibrate.add_argument("--steps", type=int, help="of a trajectory, if the model has no timestep to tell it by")
     calibrate.add_argument("--calls-per-step", type=int, help="of a bare model (1)")
     calibrate.add_argument("--progress", action=argparse.BooleanOptionalAction, help=PROGRESS)
 
     schedule = command(
-        "schedule", _schedule, "make a schedule", "schedule calibration.json --alpha 0.18 -o schedule.json"
+        "schedule", _schedule, "make a schedule", "schedule calibration.json --compute 0.5 -o schedule.json"
     )
     schedule.add_argument("calibration", type=Path, nargs="?", help="a calibration file; none for --interval")
     rule = schedule.add_mutually_exclusive_group(required=True)
@@ -126,14 +129,17 @@ def parser() -> argparse.ArgumentParser:
     rule.add_argument("--interval", type=int, help="compute every so many steps (FORA); needs --steps")
     schedule.add_argument("--steps", type=int, help="for --interval")
     schedule.add_argument(
-        "--solver", choices=("greedy", "optimal"), help="of --compute: the paper's rule, or the least predicted error"
+        "--solver", choices=("greedy", "optimal"), help="of --compute: the least predicted error, or the paper's rule"
     )
     schedule.add_argument(
         "--rows",
         choices=("joint", "group", "site"),
         help="one row for all groups, one for each group, or one for each site (the last with --solver optimal)",
     )
-    schedule.add_argument("--order", type=int, default=0, help="of the forecasts that reused branches read (0)")
+    schedule.add_argument(
+        "--order", type=int, help="of the forecasts that reused branches read (the best for --compute, else 0)"
+    )
+    schedule.add_argument("--max-variants", type=int, help="have groups share rows until there are no more variants")
     schedule.add_argument(
         "--history-dtype", choices=HISTORY_DTYPES, help="keep the history of forecasts as differences in this dtype"
     )
@@ -204,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("schedules", type=Path, nargs="+", help="schedule files")
     compare.add_argument("--backend", default="inductor", help="inner compiler (inductor)")
     compare.add_argument("--mode", help="as for torch.compile")
-    compare.add_argument("--rounds", type=int, default=1, help="timed rounds (1)")
+    compare.add_argument("--rounds", type=int, default=3, help="timed rounds (3)")
     compare.add_argument("--calls-per-step", type=int, help="of a bare model (1)")
     compare.add_argument("--progress", action=argparse.BooleanOptionalAction, help=PROGRESS)
     compare.add_argument("--plot", type=Path, help="draw the frontier")
@@ -244,11 +250,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _demo(options: argparse.Namespace) -> None:
     from .demo.run import run_demo
 
+    alphas, steps = (QUICK_ALPHAS, 20) if options.quick else (DEMO_ALPHAS, 50)
     run_demo(
         options.output,
         samples=options.samples,
-        alphas=tuple(options.alphas),
-        steps=options.steps,
+        alphas=tuple(options.alphas or alphas),
+        steps=steps if options.steps is None else options.steps,
         backend=options.backend,
         say=lambda line: print(line, flush=True),
     )
@@ -302,8 +309,8 @@ def _calibrate(options: argparse.Namespace) -> None:
     from .recording import calibrate
     from .sensitivity import measure_sensitivity
 
-    if options.probes and options.order is None:
-        raise ValueError("--probes is for optimal schedules: give --order, that of the forecasts they may have")
+    if options.probes and options.paper:
+        raise ValueError("--probes is for schedules that the paper's rule does not make: leave out --paper")
 
     model, sample = made_by(options.factory, "a model or pipeline and a function")
     with progress(model, options.progress):
@@ -311,15 +318,14 @@ def _calibrate(options: argparse.Namespace) -> None:
             model,
             sample,
             lags=options.lags,
-            order=options.order,
+            order=None if options.paper else options.order,
             steps=options.steps,
             calls_per_step=options.calls_per_step,
             progress=False,
         )
-        probes = 4 if options.probes is None and options.order is not None else options.probes
-        if probes:
+        if options.probes:
             calibration = measure_sensitivity(
-                model, sample, calibration, probes=probes, calls_per_step=options.calls_per_step, progress=False
+                model, sample, calibration, probes=options.probes, calls_per_step=options.calls_per_step, progress=False
             )
     calibration.save(options.output)
     print(calibration)
@@ -332,18 +338,22 @@ def _schedule(options: argparse.Namespace) -> None:
     if options.interval is not None:
         if options.steps is None or options.calibration is not None:
             raise ValueError("--interval needs --steps, and no calibration: it computes every so many steps")
-        if options.solver or options.rows:
-            raise ValueError("--solver and --rows are for --compute; --interval says the rows itself")
-        schedule = Schedule.uniform(options.steps, options.interval)
+        if options.solver or options.rows or options.max_variants:
+            raise ValueError("--solver, --rows and --max-variants are for --compute; --interval says the rows itself")
+        schedule = dataclasses.replace(Schedule.uniform(options.steps, options.interval), order=options.order or 0)
     elif options.calibration is None:
         raise ValueError("--alpha and --compute need a calibration file: smoothcache calibrate makes one")
     else:
         calibration = Calibration.load(options.calibration)
-        solver = options.solver or "greedy"
         schedule = calibration.schedule(
-            alpha=options.alpha, compute=options.compute, solver=solver, order=options.order, rows=options.rows
+            alpha=options.alpha,
+            compute=options.compute,
+            solver=options.solver,
+            order=options.order,
+            rows=options.rows,
+            max_variants=options.max_variants,
         )
-    schedule = dataclasses.replace(schedule, order=options.order, history_dtype=options.history_dtype)
+    schedule = dataclasses.replace(schedule, history_dtype=options.history_dtype)
     if options.output is not None:
         schedule.save(options.output)
     if options.json:

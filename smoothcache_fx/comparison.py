@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,20 @@ from torch.utils import _pytree as pytree
 
 from .compiler import compile, remove
 from .errors import SmoothCacheError
+from .forward import ForwardPlace, compiled_forwards
 from .pipelines import denoisers, is_pipeline
 from .plots import plot_frontier
 from .report import report
 from .schedule import Schedule
+from .scheduler_clock import DenoiserClock
 from .tables import Printable, format_table
 from .timing import synchronize
 
 #: Gets what ``sample`` returned uncached, and cached.
 Metric = Callable[[Any, Any], float]
 UNCACHED = "uncached"
+#: Speed-ups of rounds that differ by more are unreliable.
+WIDE = 0.1
 #: Relative L2 distance of two samples of one configuration that rounding may explain.
 SAME = 1e-3
 
@@ -38,7 +42,8 @@ class ComparedSchedule:
     Attributes:
         name: as given.
         seconds: of ``sample``, the median of the timed rounds, compiling not counted.
-        speedup: over the uncached model, compiled by the same compiler.
+        speedup: over the uncached model, compiled by the same compiler: the median of the rounds' own.
+        spread: the largest of the rounds' speed-ups over the smallest, less 1; NaN of a single round.
         mac_ratio: the speed-up if time were arithmetic.
         psnr: peak signal to noise ratio of the final sample in dB; the peak is the uncached sample's range.
         cosine: cosine similarity of the final samples, all elements as one vector.
@@ -50,12 +55,18 @@ class ComparedSchedule:
     name: str
     seconds: float
     speedup: float
+    spread: float
     mac_ratio: float
     psnr: float
     cosine: float
     relative_l2: float
     trajectory: tuple[float, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the rounds agree so far that the speed-up says something."""
+        return self.spread <= WIDE
 
 
 @dataclass(frozen=True)
@@ -74,14 +85,15 @@ class Comparison(Printable):
 
     def __str__(self) -> str:
         own = list(self.rows[0].metrics) if self.rows else []
-        table = [("schedule", "seconds", "speed-up", "MAC ratio", "PSNR dB", "cosine", "relative L2", *own)]
-        table.append((UNCACHED, f"{self.seconds:.3f}", "1.00", "1.00", *["-"] * (3 + len(own))))
+        table = [("schedule", "seconds", "speed-up", "spread", "MAC ratio", "PSNR dB", "cosine", "relative L2", *own)]
+        table.append((UNCACHED, f"{self.seconds:.3f}", "1.00", "-", "1.00", *["-"] * (3 + len(own))))
         for row in self.rows:
             table.append(
                 (
                     row.name,
                     f"{row.seconds:.3f}",
                     f"{row.speedup:.2f}",
+                    "-" if math.isnan(row.spread) else f"{row.spread:.0%}",
                     f"{row.mac_ratio:.2f}",
                     f"{row.psnr:.1f}",
                     f"{row.cosine:.5f}",
@@ -89,18 +101,25 @@ class Comparison(Printable):
                     *(f"{value:.4g}" for value in row.metrics.values()),
                 )
             )
-        return f"{self.model}, against the uncached sample of the same seeds\n{format_table(table)}"
+        lines = [f"{self.model}, against the uncached sample of the same seeds", format_table(table)]
+        if wide := [row.name for row in self.rows if not row.reliable]:
+            lines.append(
+                f"unreliable speed-ups: {', '.join(wide)} (a single round, or rounds more than {WIDE:.0%} apart): "
+                "measure on a quiet machine, with more rounds or a longer sample"
+            )
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as dictionaries, lists and numbers, for JSON; an infinite PSNR is None."""
+        """Everything as dictionaries, lists and numbers, for JSON; an infinite PSNR and an unknown spread are None."""
         rows = []
         for row in self.rows:
             fields = {**vars(row), "trajectory": list(row.trajectory), "metrics": dict(row.metrics)}
-            rows.append(fields | {"psnr": row.psnr if math.isfinite(row.psnr) else None})
+            finite = {name: fields[name] if math.isfinite(fields[name]) else None for name in ("psnr", "spread")}
+            rows.append({**fields, **finite, "reliable": row.reliable})
         return {"model": self.model, "seconds": self.seconds, "rows": rows}
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw the frontier: PSNR over speed-up, and over MAC ratio. Needs matplotlib (the extra ``plot``)."""
+        """Draw PSNR over speed-up, and over MAC ratio, with the Pareto front. Needs matplotlib (the extra ``plot``)."""
         plot_frontier([(row.name, row.speedup, row.mac_ratio, row.psnr) for row in self.rows], path)
 
 
@@ -110,13 +129,15 @@ def compare(
     sample: Callable[[Any], Any],
     *,
     metrics: Mapping[str, Metric] | None = None,
-    rounds: int = 1,
+    rounds: int = 3,
     calls_per_step: int | None = None,
     **options: Any,
 ) -> Comparison:
     """Sample with the same seeds uncached and with each schedule, and say how fast and how far apart they are.
 
-    The uncached model is compiled, too, as a schedule that computes everything. Afterwards the model is as it was.
+    The uncached model is compiled, too, as a schedule that computes everything. In each round all take their turn, so
+    that a slow spell of the machine hits all of them; the caches of all schedules are kept meanwhile. Afterwards the
+    model is as it was.
 
     Args:
         model_or_pipeline: in eval mode and not compiled, as for ``compile``.
@@ -124,7 +145,7 @@ def compare(
         sample: called with the model or pipeline; runs whole trajectories from fixed seeds and returns what comes
             out: a tensor or array, images, or any structure of them. It must return the same each time.
         metrics: your own, by name: functions of what ``sample`` returned uncached and cached, which return a number.
-        rounds: timed calls of ``sample`` per schedule, after one that compiles.
+        rounds: timed calls of ``sample`` per schedule, after one that compiles; of one alone the spread is not known.
         calls_per_step, options: as for ``compile``.
 
     Raises:
@@ -142,22 +163,28 @@ def compare(
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
 
-    def run(schedule: Schedule) -> _Run:
-        compile(model_or_pipeline, schedule, calls_per_step=calls_per_step, **options)
-        try:
-            return _run(model_or_pipeline, sample, rounds)
-        finally:
-            remove(model_or_pipeline)
-
-    plain = run(Schedule.uniform(next(iter(named.values())).steps, 1))
+    everything = Schedule.uniform(next(iter(named.values())).steps, 1)
+    turns: list[_Turn] = []
+    try:
+        for schedule in (everything, *named.values()):
+            turns.append(_Turn(model_or_pipeline, schedule, calls_per_step, options))
+            turns[-1].warm_up(sample)
+        for number in range(rounds):
+            for turn in turns if number % 2 == 0 else reversed(turns):
+                turn.measure(sample)
+    finally:
+        for turn in reversed(turns):
+            turn.end()
+    plain, *others = turns
     rows = []
-    for name, schedule in named.items():
-        cached = run(schedule)
+    for name, cached in zip(named, others, strict=True):
+        ratios = [before / after for before, after in zip(plain.seconds, cached.seconds, strict=True)]
         rows.append(
             ComparedSchedule(
                 name=name,
-                seconds=cached.seconds,
-                speedup=plain.seconds / cached.seconds,
+                seconds=statistics.median(cached.seconds),
+                speedup=statistics.median(ratios),
+                spread=max(ratios) / min(ratios) - 1 if rounds > 1 else math.nan,
                 mac_ratio=cached.mac_ratio,
                 psnr=psnr(plain.result, cached.result),
                 cosine=float(torch.nn.functional.cosine_similarity(plain.result, cached.result, dim=0)),
@@ -166,7 +193,7 @@ def compare(
                 metrics={key: float(metric(plain.value, cached.value)) for key, metric in (metrics or {}).items()},
             )
         )
-    return Comparison(type(model_or_pipeline).__name__, plain.seconds, tuple(rows))
+    return Comparison(type(model_or_pipeline).__name__, statistics.median(plain.seconds), tuple(rows))
 
 
 def psnr(reference: torch.Tensor, result: torch.Tensor) -> float:
@@ -178,35 +205,73 @@ def psnr(reference: torch.Tensor, result: torch.Tensor) -> float:
     return 20 * math.log10(peak) - 10 * math.log10(error) if peak > 0 else -math.inf
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What one configuration gave: its result, also as one vector, the model's outputs, and its figures."""
+class _Turn:
+    """The model or pipeline compiled for one schedule, which stands in its place only while it is its turn.
 
-    value: Any
-    result: torch.Tensor
-    outputs: list[torch.Tensor]
-    seconds: float
-    mac_ratio: float
+    Attributes:
+        value, result, outputs: what ``sample`` returned, that as one vector, and the model's outputs.
+        seconds: of each timed call of ``sample``.
+        mac_ratio: as `Report`.
+    """
 
+    def __init__(
+        self, model_or_pipeline: Any, schedule: Schedule, calls_per_step: int | None, options: Mapping[str, Any]
+    ) -> None:
+        self.sampled = model_or_pipeline
+        self.seconds: list[float] = []
+        compile(model_or_pipeline, schedule, calls_per_step=calls_per_step, **options)
+        self._forwards = list(compiled_forwards(model_or_pipeline).values())
+        self._take_off()
 
-def _run(model_or_pipeline: Any, sample: Callable[[Any], Any], rounds: int) -> _Run:
-    with _outputs_of(model_or_pipeline) as outputs:
-        value = sample(model_or_pipeline)
-    result = as_vector(value)
-    seconds = []
-    for _ in range(rounds):
-        synchronize()
-        start = time.perf_counter()
-        again = sample(model_or_pipeline)
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    again = as_vector(again)
-    if again.shape != result.shape or relative_l2(result, again) > SAME:
-        raise SmoothCacheError(
-            "sample(model) returned something else when it was called again, so that nothing can be said of a "
-            "schedule: make its noise from a fixed seed inside of it, such as torch.Generator().manual_seed(0)"
-        )
-    return _Run(value, result, outputs, statistics.median(seconds), report(model_or_pipeline).mac_ratio)
+    def warm_up(self, sample: Callable[[Any], Any]) -> None:
+        """The first call, which compiles."""
+        with self._on(), _outputs_of(self.sampled) as self.outputs:
+            self.value = sample(self.sampled)
+        self.result = as_vector(self.value)
+
+    def measure(self, sample: Callable[[Any], Any]) -> None:
+        """A timed call. SmoothCacheError if it returns something else than the first."""
+        with self._on():
+            synchronize()
+            start = perf_counter()
+            again = sample(self.sampled)
+            synchronize()
+            self.seconds.append(perf_counter() - start)
+            self.mac_ratio = report(self.sampled).mac_ratio
+        again = as_vector(again)
+        if again.shape != self.result.shape or relative_l2(self.result, again) > SAME:
+            raise SmoothCacheError(
+                "sample(model) returned something else when it was called again, so that nothing can be said of a "
+                "schedule: make its noise from a fixed seed inside of it, such as torch.Generator().manual_seed(0)"
+            )
+
+    def end(self) -> None:
+        self._put_on()
+        remove(self.sampled)
+
+    @contextlib.contextmanager
+    def _on(self) -> Iterator[None]:
+        self._put_on()
+        try:
+            yield
+        finally:
+            self._take_off()
+
+    def _put_on(self) -> None:
+        for forward in self._forwards:
+            forward.install(ForwardPlace(forward.model))
+        self._follow(True)
+
+    def _take_off(self) -> None:
+        self._follow(False)
+        for forward in self._forwards:
+            forward.take_off()
+
+    def _follow(self, following: bool) -> None:
+        """Whether a pipeline's scheduler is followed; while others have their turn, any number of steps will do."""
+        for forward in self._forwards:
+            if isinstance(clock := forward.session.clock, DenoiserClock):
+                clock.shared.following = following
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -19,7 +20,12 @@ from .schedule import Schedule
 from .scheduler_clock import DenoiserClock, SchedulerClock
 from .traced import Traced
 
+log = logging.getLogger(__name__)
+
 Model = TypeVar("Model")
+
+#: Beyond so many variants compiling takes longer than users expect: it is a warning.
+MANY_VARIANTS = 6
 
 
 def compile(
@@ -58,7 +64,7 @@ def compile(
         The same object.
 
     Raises:
-        CompiledError: it is compiled already.
+        CompiledError: it is compiled already, or in training mode.
         TypeError: it is neither a module nor a pipeline with a denoiser, or the schedule is no ``Schedule``.
         ValueError: ``calls_per_step`` is not positive, or is given for a pipeline.
         ScheduleError: at the first call, where the schedule selects sites that the model does not have.
@@ -74,6 +80,7 @@ def compile(
         )
     if calls_per_step is not None and (not isinstance(calls_per_step, int) or calls_per_step < 1):
         raise ValueError(f"calls_per_step must be a positive number of model calls, got {calls_per_step!r}")
+    _tell_variants(schedule)
     settings = {"backend": backend, "mode": mode, "dynamic": dynamic, "fullgraph": fullgraph, "options": options}
     if not is_pipeline(model_or_pipeline):
         check_compilable(model_or_pipeline)
@@ -93,6 +100,17 @@ def compile(
             forward.undo_context = follow_cache_context(forward.model, forward.session.clock)
         shared.attach(model_or_pipeline)
     return model_or_pipeline
+
+
+def _tell_variants(schedule: Schedule) -> None:
+    if schedule.variants > MANY_VARIANTS:
+        log.warning(
+            "the schedule makes up to %d variants, each of which is compiled: rows='joint' or max_variants= of "
+            "Calibration.schedule make fewer",
+            schedule.variants,
+        )
+    else:
+        log.info("up to %d variants will be compiled for each graph of the model", schedule.variants)
 
 
 def _install(
@@ -141,7 +159,7 @@ def _join(
 
 
 def check_compilable(model: Any) -> None:
-    """Raise for what is no plain module, or has been compiled before."""
+    """Raise for what is no plain module, has been compiled before, or is in training mode."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
             f"expected a torch.nn.Module, got {type(model).__name__}; a pipeline has components and a scheduler"
@@ -155,6 +173,10 @@ def check_compilable(model: Any) -> None:
         raise CompiledError(
             "the model is wrapped by torch.compile: pass the module itself (model._orig_mod); smoothcache.compile "
             "does what torch.compile does"
+        )
+    if model.training:
+        raise CompiledError(
+            f"{type(model).__name__} is in training mode, but caching is for inference: call model.eval() first"
         )
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise CompiledError(

@@ -35,6 +35,7 @@ class Finding:
     Attributes:
         what, found: such as ``torch`` and ``2.13.0``.
         missing: whether something that is needed is not there.
+        absent: whether something that is not needed is not there.
         advice: what to do about it, or what is not possible without it.
     """
 
@@ -42,9 +43,10 @@ class Finding:
     found: str
     missing: bool = False
     advice: str = ""
+    absent: bool = False
 
     def __str__(self) -> str:
-        mark = "missing" if self.missing else "ok"
+        mark = "missing" if self.missing else "-" if self.absent else "ok"
         return f"{mark:8s}{self.what}: {self.found}" + (f" ({self.advice})" if self.advice else "")
 
 
@@ -59,12 +61,15 @@ def examine(*, self_test: bool = True) -> Iterator[Finding]:
     yield _compiler()
     yield _cache_directory()
     dot = shutil.which("dot")
-    yield Finding("Graphviz", dot or "not installed", advice="" if dot else "dumped graphs have no SVG")
+    yield _optional("Graphviz", dot, "dumped graphs have no SVG")
     for package, purpose in OPTIONAL.items():
-        found = version(package)
-        yield Finding(package, found or "not installed", advice="" if found else f"only for {purpose}")
+        yield _optional(package, version(package), f"only for {purpose}")
     if self_test:
         yield run_self_test()
+
+
+def _optional(what: str, found: str | None, advice: str) -> Finding:
+    return Finding(what, found) if found else Finding(what, "not installed", advice=advice, absent=True)
 
 
 def version(package: str) -> str | None:
@@ -80,14 +85,14 @@ def _triton() -> Finding:
         return Finding("triton", found)
     if torch.cuda.is_available():
         return Finding("triton", "not installed", missing=True, advice="Inductor needs it on a GPU: pip install triton")
-    return Finding("triton", "not installed", advice="only needed on a GPU")
+    return _optional("triton", None, "only needed on a GPU")
 
 
 def _devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         advice = "torch sees no GPU: look at its driver" if built else "this torch is built for CPUs"
-        yield Finding("GPU", "none", advice=advice)
+        yield Finding("GPU", "none", advice=advice, absent=True)
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         major, minor = torch.cuda.get_device_capability(index)
         memory = torch.cuda.get_device_properties(index).total_memory / 2**30

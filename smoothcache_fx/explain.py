@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from .calls import ModelCall
 from .clock import Clock
 from .dumping import write_session
 from .errors import CompiledError
-from .forward import ForwardPlace, check_inference, compiled_forward, forward_of, no_sites_error
+from .forward import ForwardPlace, check_inference, compiled_forwards, forward_of, no_sites_error
 from .inner import inner_compiler
 from .passes.facts import tensor_value
 from .passes.flops import concrete
-from .prediction import Prediction, predict
+from .pipelines import first_calls, is_pipeline
+from .prediction import Prediction, predict, predictions_together
 from .program import Binding, SiteInfo
 from .report import describe_breaks
 from .schedule import Schedule
@@ -149,25 +150,42 @@ class Explanation(Printable):
             yield f"  {len(adds)}: {reason}{example}"
 
 
-def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None, **kwargs: Any) -> Explanation:
+def explain(model_or_pipeline: Any, *args: Any, schedule: Schedule | None = None, **kwargs: Any) -> Explanation:
     """What could be cached in the model, for these inputs.
 
     A model that is one graph is captured and not run: nothing is computed, and weights and inputs may be fake or on
     the meta device. One that is not is run, uncompiled: once, and again where graph breaks keep work out of sites.
 
     Args:
-        model: the transformer, compiled or not, in eval mode.
-        args, kwargs: inputs of one call.
+        model_or_pipeline: the transformer, compiled or not, in eval mode; or a pipeline.
+        args, kwargs: inputs of one call. Of a pipeline one function, called with it, that runs it: the inputs are those
+            of its denoiser's first call, at which the run ends. Where there are two denoisers, it goes on until both
+            were called; names then begin with the component's, and ``schedule`` is taken as if both were called at
+            every step.
         schedule: also predict what it costs and saves.
 
     Raises:
-        TypeError: the model is no module.
+        TypeError: it is neither a module nor a pipeline, or a pipeline was given without a function.
         NoSitesError: the model has no residual branch; says what was looked at.
         CompiledError: the model is in training mode, or an input requires gradients.
         ScheduleError: two selectors of the schedule contradict each other.
+
+    Example:
+        >>> print(explain(transformer, latents, timestep, encoder_hidden_states=prompt))
+        >>> print(explain(pipe, lambda pipe: pipe("a lighthouse", num_inference_steps=28)))
     """
+    if is_pipeline(model_or_pipeline):
+        if kwargs or len(args) != 1 or not callable(args[0]):
+            raise TypeError(
+                f"explain of {type(model_or_pipeline).__name__} takes one function that runs it, such as "
+                "explain(pipe, lambda pipe: pipe(prompt)), from whose first call of the denoiser the inputs are taken"
+            )
+        calls = first_calls(model_or_pipeline, args[0])
+        found = {name: explain(model, *a, schedule=schedule, **k) for name, (model, a, k) in calls.items()}
+        return next(iter(found.values())) if len(found) == 1 else _together(found)
+    model = model_or_pipeline
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"expected a torch.nn.Module or a pipeline, got {type(model).__name__}")
     check_inference(model, args, kwargs)
     with torch.no_grad():
         history = Schedule(steps=1)
@@ -178,6 +196,28 @@ def explain(model: torch.nn.Module, *args: Any, schedule: Schedule | None = None
         return _explain_session(model, session, schedule)
     finally:
         session.close()
+
+
+def _together(found: Mapping[str, Explanation]) -> Explanation:
+    """One explanation of a pipeline's denoisers."""
+    each = found.values()
+    predictions = [one.prediction for one in each if one.prediction is not None]
+    weights = [one.flops for one in each]
+    return Explanation(
+        model=", ".join(f"{name} ({one.model})" for name, one in found.items()),
+        sites=[
+            replace(site, name=f"{name}: {site.name}", group=f"{name}: {site.group}")
+            for name, one in found.items()
+            for site in one.sites
+        ],
+        adds=[add for one in each for add in one.adds],
+        graphs=sum(one.graphs for one in each),
+        flops=sum(weights),
+        breaks=sum((one.breaks for one in each), Counter()),
+        lost_share=max(one.lost_share for one in each),
+        whole=tuple(name for one in each for name in one.whole),
+        prediction=predictions_together(predictions, weights) if predictions else None,
+    )
 
 
 class _Captured(BaseException):
@@ -285,20 +325,29 @@ def _explain_site(program: Program, index: int, info: SiteInfo) -> SiteExplanati
     return SiteExplanation(info.name, info.group, info.kind, shapes, site.gates, site.flops, site.cache_bytes)
 
 
-def dump(model: torch.nn.Module, directory: str | PathLike[str]) -> list[Path]:
+def dump(model_or_pipeline: Any, directory: str | PathLike[str]) -> list[Path]:
     """Write the graphs of a compiled model: captured, guarded, and each variant made so far.
 
     Each is a Python file that runs and a Graphviz drawing (also an SVG, where Graphviz is installed); ``sites.json``
-    has sites, masks and where Inductor's code lies, ``README.md`` says what is what. With the environment variable
+    has sites, masks and where Inductor's code lies, ``README.md`` says what is what. Where a pipeline has two denoisers
+    each has a folder of its own, by its component's name. With the environment variable
     ``SMOOTHCACHE_DUMP=directory`` every compiled model writes its own whenever it has a new variant.
 
     Returns:
         The files written, the index first: ``README.md``, ``sites.json``, ``graph_0/captured.py``, ...
 
     Raises:
-        CompiledError: the model is not compiled, or has not run since.
+        CompiledError: it is not compiled, or has not run since.
+
+    Example:
+        >>> dump(pipe, "graphs")
     """
-    session = compiled_forward(model).session
-    if not session.programs:
-        raise CompiledError("nothing is captured yet: call the compiled model once, then dump its graphs")
-    return write_session(session, type(model).__name__, Path(directory))
+    forwards = compiled_forwards(model_or_pipeline)
+    run = {name: forward for name, forward in forwards.items() if forward.session.programs}
+    if not run:
+        raise CompiledError("nothing is captured yet: run what you have compiled once, then dump its graphs")
+    written = []
+    for name, forward in run.items():
+        folder = Path(directory, name) if len(forwards) > 1 else Path(directory)
+        written += write_session(forward.session, type(forward.model).__name__, folder)
+    return written

@@ -85,14 +85,18 @@ class CompiledForward:
         place.put(self)
         _forwards[self.model] = weakref.ref(self)
 
-    def uninstall(self) -> None:
-        self.enabled = False  # hooks that were put on later may go on calling it
+    def take_off(self) -> None:
+        """Give the module its own forward back; graphs and caches stay, for ``install``."""
         place = ForwardPlace(self.model)
         if place.forward is self:
             place.put(self.original)
+        del _forwards[self.model]
+
+    def uninstall(self) -> None:
+        self.enabled = False  # hooks that were put on later may go on calling it
+        self.take_off()
         self.undo_context()
         self.session.close()
-        del _forwards[self.model]
 
     # torch.compile on top of the compiled model: Dynamo must not trace what tells the step.
     @torch.compiler.disable(

@@ -15,7 +15,7 @@ from ._replay import copied
 from .calls import Call, ModelCall, StepClock, TimestepReader
 from .clock import Clock
 from .compiler import check_compilable
-from .errors import CalibrationError
+from .errors import CalibrationError, SmoothCacheError
 from .forward import ForwardPlace, check_inference, no_sites_error
 from .pipelines import denoisers, follow_cache_context, is_pipeline
 from .recorder import Recorder
@@ -51,13 +51,28 @@ class _ObservedForward:
         with torch.no_grad():
             output = self._compiled(*args, **kwargs)
             if again is not None:
-                output = self.recorder.call_again(lambda: self._compiled(*again[0], **again[1]), output)
+                with _buffers_kept(self.model):
+                    output = self.recorder.call_again(lambda: self._compiled(*again[0], **again[1]), output)
         self.recorder.current.call.end()
         if not self.recorder.sites:
             raise no_sites_error(self.model, self.recorder)
         self.lengths[-1] += 1
         self.progress.update()
         return output
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Calls inside leave the model's buffers as they are."""
+
+    def version(buffer: torch.Tensor) -> int | None:
+        return None if buffer.is_inference() else buffer._version
+
+    kept = [(buffer, version(buffer), buffer.clone()) for buffer in model.buffers()]
+    yield
+    for buffer, before, value in kept:
+        if before is None or version(buffer) != before:
+            buffer.copy_(value)
 
 
 @dataclass
@@ -81,7 +96,7 @@ def observing(
     """Observe while the ``with`` lasts. The model is then as it was; what was kept of outputs is freed."""
     with _progress_bar(progress) as bar, contextlib.ExitStack() as restore:
         if not is_pipeline(model_or_pipeline):
-            check_compilable(model_or_pipeline)
+            _check_observable(model_or_pipeline)
             clock = Clock(steps, calls_per_step)
             only = recorder(model_or_pipeline, clock)
             forward = _observe(only, model_or_pipeline, bar, restore)
@@ -92,16 +107,35 @@ def observing(
         models = denoisers(model_or_pipeline).values()
         if calls_per_step not in (None, 1):
             raise CalibrationError("calls_per_step is for bare models: a pipeline's scheduler ends a step")
-        shared = SchedulerClock(steps)
+        shared = _ObservedSchedulers(steps)
         recorders = []
         for model in models:
-            check_compilable(model)
+            _check_observable(model)
             recorders.append(recorder(model, DenoiserClock(shared)))
             _observe(recorders[-1], model, bar, restore)
             restore.callback(follow_cache_context(model, recorders[-1].clock))
         restore.callback(shared.detach)
         shared.attach(model_or_pipeline)
         yield Observed(recorders, lambda: _steps_of(shared), lambda: shared.sequences)
+
+
+class _ObservedSchedulers(SchedulerClock):
+    def wrong_length(self, scheduler: Any, length: int) -> SmoothCacheError:
+        return CalibrationError(
+            f"{type(scheduler).__name__} was set to {length} timesteps, expected {self.steps}: give steps={length}, or "
+            "leave it out (a pipeline's scheduler tells them), and measure sensitivities with the sampler that was "
+            "calibrated with (solvers of second order take more than one timestep per inference step)"
+        )
+
+
+def _check_observable(model: Any) -> None:
+    check_compilable(model)
+    offloaded = any("_hf_hook" in module.__dict__ for module in model.modules())
+    if not offloaded and any(weight.is_meta for weight in model.parameters()):
+        raise CalibrationError(
+            f"weights of {type(model).__name__} are on the meta device, so that there is nothing to measure: load them "
+            "first (smoothcache.explain needs none)"
+        )
 
 
 def _observe(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from ._replay import copied
 from .calls import TIMESTEP_NAMES
 from .scheduler_clock import DenoiserClock
 
@@ -75,3 +77,35 @@ def follow_cache_context(model: torch.nn.Module, clock: DenoiserClock) -> Callab
             model.cache_context = replaced
 
     return undo
+
+
+class _Caught(BaseException):
+    """All denoisers were called. No Exception: nothing on the way may handle it."""
+
+
+def first_calls(
+    pipeline: Any, run: Callable[[Any], Any]
+) -> dict[str, tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """The denoisers with the inputs of their first calls, by component name; the run ends when all are known.
+
+    Raises ``TypeError`` if ``run`` does not call a denoiser.
+    """
+    models = denoisers(pipeline)
+    found: dict[str, tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
+
+    def catch(name: str, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name not in found:
+            args, kwargs = copied((args, kwargs))
+            found[name] = model, args, kwargs
+        if len(found) == len(models):
+            raise _Caught
+
+    with contextlib.ExitStack() as hooks:
+        for name, model in models.items():
+            hook = model.register_forward_pre_hook(functools.partial(catch, name), with_kwargs=True)
+            hooks.callback(hook.remove)
+        with contextlib.suppress(_Caught):
+            run(pipeline)
+    if not found:
+        raise TypeError(f"the function ran none of {', '.join(models)}: it must run the {type(pipeline).__name__}")
+    return found

@@ -94,11 +94,12 @@ def plot_site_errors(calibration: Calibration, path: str | PathLike[str], *, lag
     figure.savefig(path, dpi=150)
 
 
-def plot_costs(costs: Sequence[float], path: str | PathLike[str], *, label: str) -> None:
+def plot_costs(costs: Sequence[float], path: str | PathLike[str], *, label: str, title: str) -> None:
     """Draw what each step costs; ``label`` says what that is and in which unit. NaN where it is not known."""
     figure = new_figure(8.5, 2.4)
     axis = figure.subplots()
     axis.bar(range(len(costs)), costs, width=0.84, color=COLOURS[0])
+    axis.set_title(title, fontsize=10)
     axis.set_xlim(-0.8, len(costs) - 0.2)
     axis.set_xlabel("denoising step")
     axis.set_ylabel(label)
@@ -140,24 +141,44 @@ def plot_schedules(schedules: Mapping[str, Schedule], path: str | PathLike[str])
 def plot_frontier(points: Sequence[tuple[str, float, float, float]], path: str | PathLike[str]) -> None:
     """Draw PSNR in dB over measured speed-up and over MAC ratio; a point is name, speed-up, MAC ratio and PSNR.
 
-    Points with an infinite PSNR (nothing is reused) cannot be drawn and are left out.
+    The line is the Pareto front: points that no other one beats in both. A triangle at the top stands for the uncached
+    sample, whose PSNR is infinite, and for others that equal it.
 
     Raises:
-        ValueError: no point is left.
+        ValueError: no point has a finite PSNR.
     """
     finite = [point for point in points if np.isfinite(point[3])]
     if not finite:
         raise ValueError("there is no point to draw: every sample equals the uncached one, or there is none")
     figure = new_figure(8.5, 3.6)
     axes = figure.subplots(1, 2, sharey=True)
+    heights = [point[3] for point in finite]
+    top = max(heights) + max(3.0, 0.12 * (max(heights) - min(heights)))
     for axis, index, label in ((axes[0], 1, "times faster than uncached"), (axes[1], 2, "MAC ratio")):
-        ordered = sorted(finite, key=lambda point: point[index])
-        axis.plot([p[index] for p in ordered], [p[3] for p in ordered], color="0.75", zorder=1)
-        for number, (name, *_) in enumerate(finite):
+        front = pareto_front([(point[index], point[3]) for point in finite])
+        axis.plot(*zip((1.0, top), *front, strict=True), color="0.75", zorder=1)
+        axis.plot(1.0, top, "^", color="0.3", label="uncached (infinite)")
+        for number, (name, *_) in enumerate(points):
             colour = COLOURS[number % len(COLOURS)]
-            axis.plot(finite[number][index], finite[number][3], "o", color=colour, label=name)
+            known = np.isfinite(points[number][3])
+            axis.plot(
+                points[number][index],
+                points[number][3] if known else top,
+                "o" if known else "^",
+                color=colour,
+                label=name,
+            )
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("PSNR to the uncached sample (dB)")
     axes[1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one reaches in both coordinates, by the first."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(points, reverse=True):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front[::-1]

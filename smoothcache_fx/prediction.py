@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
+from ._html import prediction_html
 from .backend import Program, plan_sites
 from .passes import count_bytes, count_flops, narrow
 from .plots import plot_costs
@@ -43,7 +44,10 @@ class Prediction:
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the cost of each step. Needs matplotlib (the extra ``plot``)."""
-        plot_costs(self.step_shares, path, label="FLOPs over an\nuncached step's")
+        plot_costs(self.step_shares, path, label="FLOPs over an\nuncached step's", title="Arithmetic of each step")
+
+    def _repr_html_(self) -> str:
+        return prediction_html(self)
 
     def __str__(self) -> str:
         low, high = self.speedup
@@ -85,4 +89,17 @@ def predict(programs: Sequence[Program], schedule: Schedule) -> Prediction:
         byte_ratio=uncached_bytes * schedule.steps / max(1, sum(moved)),
         cache_bytes=cache_bytes,
         step_shares=tuple(cost / max(1, uncached_flops) for cost in flops),
+    )
+
+
+def predictions_together(predictions: Sequence[Prediction], flops: Sequence[int]) -> Prediction:
+    """One prediction for models that are called equally often, whose uncached calls take so many FLOPs."""
+    weights = [count / sum(flops) for count in flops]
+    shares = zip(*(one.step_shares for one in predictions), strict=True)
+    return Prediction(
+        variants=sum(one.variants for one in predictions),
+        mac_ratio=1 / sum(weight / one.mac_ratio for weight, one in zip(weights, predictions, strict=True)),
+        byte_ratio=1 / sum(weight / one.byte_ratio for weight, one in zip(weights, predictions, strict=True)),
+        cache_bytes=sum(one.cache_bytes for one in predictions),
+        step_shares=tuple(sum(w * share for w, share in zip(weights, step, strict=True)) for step in shares),
     )

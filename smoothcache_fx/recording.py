@@ -29,7 +29,7 @@ def calibrate(
     sample: Callable[[Any], Any],
     *,
     lags: int = 3,
-    order: int | None = None,
+    order: int | None = 1,
     schedule: Schedule | Callable[[Calibration], Schedule] | None = None,
     rounds: int = 5,
     steps: int | None = None,
@@ -48,11 +48,13 @@ def calibrate(
             trajectories with it. The paper uses ten samples, in one batch or one after the other. Where a trajectory of
             a bare model begins is seen from its timestep argument; for a model without one, give ``steps``.
         lags: how many steps back to compare with: the longest reuse that a schedule made of this can have.
-        order: also measure what optimal schedules need (``Calibration.schedule(solver="optimal")``), for forecasts up
-            to this order, 0 to 2. Outputs are then kept for ``(order + 1) * (lags + 1) - 1`` steps, and after each call
-            the model is called once more for each of them, with all branches read in place of being computed, which
-            costs little in a model that is large. Inner products of a branch's outputs are taken over 4096 random
-            elements of each: a relative error of a forecast is known to within about 2% of itself from one call.
+        order: also measure what ``Calibration.schedule(compute=...)`` plans with, for forecasts up to this order, 0 to
+            2. After each call the model is called once more for each of ``(order + 1) * (lags + 1) - 1`` steps back, 7
+            by default, with all branches read in place of being computed: each takes what a cached call takes, without
+            a compiler. As many outputs of every site are kept. None measures the paper's errors alone, at ``lags``
+            outputs and no further call; ``schedule(alpha=...)`` is the same with any order. Inner products of a
+            branch's outputs are taken over 4096 random elements of each: a relative error of a forecast is known to
+            within about 2% of itself from one call.
         schedule: follow this schedule, with its forecasts: the sampler gets what the compiled model would give it, and
             all is measured along that trajectory. All branches are computed nonetheless. Or a function that makes a
             schedule of a calibration: what it makes of the uncached trajectory is followed, what it makes of that one
@@ -61,9 +63,9 @@ def calibrate(
         steps: denoising steps in a trajectory, if they cannot be seen from the timesteps.
         calls_per_step: calls of a bare model in one step; each has a history of its own. By default one; two calls in a
             row at one timestep are then an error.
-        history_device: where the last ``lags`` outputs of every site are kept (the model's device by default). They
-            take ``lags`` times the cache of the schedule: ``batch * tokens * width * bytes per element`` a branch.
-            ``"cpu"`` spares the device's memory and takes longer.
+        history_device: where the outputs of every site are kept (the model's device by default): 7 steps' by default,
+            ``lags`` without ``order``. A step's take ``batch * tokens * width * bytes per element`` a branch, as the
+            caches of a schedule do. ``"cpu"`` spares the device's memory and takes longer.
         progress: show a progress bar (needs tqdm).
 
     Returns:

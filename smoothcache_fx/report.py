@@ -22,6 +22,7 @@ class GroupReport:
     """Calls of a group's sites, summed over sites, streams and steps.
 
     Attributes:
+        sites: of the model; each counts once, however many graphs it is in.
         planned: reuses that the schedule asked for; more than ``reused`` where the cache did not hold what it wanted.
     """
 
@@ -84,7 +85,7 @@ class Report(Printable):
             raise CompiledError("nothing was timed: sample inside of `with smoothcache.timed(model):` first")
         steps = range(max(self.step_seconds) + 1)
         milliseconds = [1e3 * self.step_seconds.get(step, float("nan")) for step in steps]
-        plot_costs(milliseconds, path, label="milliseconds a call")
+        plot_costs(milliseconds, path, label="milliseconds a call", title="Time of a call at each step")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as dictionaries, lists and numbers, for JSON."""
@@ -110,12 +111,12 @@ class Report(Printable):
                     f"{share:.0%}",
                 )
             )
-        seconds = ", ".join(f"{value:.1f}" for value in self.compile_seconds) or "none"
+        seconds, plural = sum(self.compile_seconds), "" if self.graphs == 1 else "s"
         lines = [
             f"{self.calls} calls, {self.steps} steps, {self.trajectories} trajectories",
             format_table(rows),
             f"MAC ratio {self.mac_ratio:.2f}, caches {format_bytes(self.cache_bytes)}",
-            f"{self.graphs} graph{'s' if self.graphs != 1 else ''}, {self.variants} variants, compiled in {seconds} s",
+            f"{self.graphs} graph{plural}, {self.variants} variants, compiled in {seconds:.1f} s",
         ]
         lines.extend(self._timings())
         lines.extend(describe_breaks(self.breaks, self.lost_share, self.whole))
@@ -186,6 +187,7 @@ def _report(forward: CompiledForward, prefix: str) -> tuple[Report, int, int]:
     """One model's report, and the FLOPs of its calls uncached and as they were run."""
     session = forward.session
     groups: dict[str, GroupReport] = {}
+    seen: Counter[str] = Counter()
     forced: Counter[str] = Counter()
     done = uncached = cache_bytes = 0
     seconds = []
@@ -196,7 +198,7 @@ def _report(forward: CompiledForward, prefix: str) -> tuple[Report, int, int]:
             cache_bytes += binding.cache_bytes
             done += sum(flops * count for (_, flops), count in binding.calls.items())
             uncached += program.builder.flops * sum(binding.calls.values())
-        _count_sites(program, groups, prefix)
+        _count_sites(program, groups, seen, prefix)
     if forward.uncompiled_calls and forward.calls > forward.uncompiled_calls:
         # They did what a call does that computes everything.
         of_each = uncached // (forward.calls - forward.uncompiled_calls)
@@ -221,13 +223,17 @@ def _report(forward: CompiledForward, prefix: str) -> tuple[Report, int, int]:
     return report, uncached, done
 
 
-def _count_sites(program: Program, groups: dict[str, GroupReport], prefix: str) -> None:
+def _count_sites(program: Program, groups: dict[str, GroupReport], seen: Counter[str], prefix: str) -> None:
+    here: Counter[str] = Counter()
     for binding in program.bindings:
         calls = sum(binding.calls.values())
         for index, site in enumerate(binding.sites):
             entry = groups.setdefault(site.group, GroupReport(prefix + site.group, site.kind))
             computed = sum(count for (mask, _), count in binding.calls.items() if mask.compute >> index & 1)
-            entry.sites += 1
+            here[site.name] += 1
+            if here[site.name] > seen[site.name]:  # it may be in graphs of other shapes, too
+                seen[site.name] += 1
+                entry.sites += 1
             entry.computed += computed
             entry.reused += calls - computed
             entry.planned += sum(count for plan, count in binding.planned.items() if not plan >> index & 1)

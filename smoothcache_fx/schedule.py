@@ -11,7 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ._clusters import variants_of
 from ._files import check_header, read_object
+from ._html import schedule_html
 from ._rows import compute_fraction, last_compute, numbers_of, row_of, selector_of, times_of, weights_of, whole_number
 from ._selectors import KINDS, SiteLike, specificity
 from .errors import ScheduleError
@@ -147,6 +149,11 @@ class Schedule:
         computed.update((key, sum(row)) for key, row in self.compute.items())
         return compute_fraction(computed, self.steps, self.flops)
 
+    @property
+    def variants(self) -> int:
+        """How many variants there are to compile of a model that has all that is selected, and nothing else."""
+        return variants_of(list(self.compute.values())) if self.compute else 1
+
     @classmethod
     def uniform(cls, steps: int, interval: int, kinds: Sequence[str] = KINDS) -> Schedule:
         """FORA (arXiv 2407.01425): sites of `kinds` are computed at the steps that `interval` divides.
@@ -223,6 +230,9 @@ class Schedule:
             history = f", with a history of differences in {self.history_dtype}" if self.history_dtype else ""
             lines.append(f"forecasts of order {_plain(self.order)}{times}{history}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return schedule_html(self)
 
     def __repr__(self) -> str:
         rows = {key: list(map(int, row)) for key, row in self.compute.items()}

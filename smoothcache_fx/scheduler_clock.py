@@ -12,7 +12,7 @@ from typing import Any
 
 from .calls import Call, Moment
 from .clock import first_difference
-from .errors import StepError
+from .errors import SmoothCacheError, StepError
 from .scheduler_run import Run, timesteps_of
 from .scheduler_watch import unwatch, watch
 from .streams import Streams
@@ -255,7 +255,11 @@ class SchedulerClock:
         if self.steps is None or length == self.steps:
             return
         self._end(self._runs[-1])
-        raise StepError(
+        raise self.wrong_length(scheduler, length)
+
+    def wrong_length(self, scheduler: Any, length: int) -> SmoothCacheError:
+        """The error for a scheduler that was set to another number of timesteps."""
+        return StepError(
             f"{type(scheduler).__name__} was set to {length} timesteps, but the schedule has {self.steps} steps: "
             f"run the pipeline with as many inference steps as give {self.steps} timesteps, or compile it with a "
             f"schedule of {length} steps (solvers of second order take more than one timestep per inference "

@@ -231,7 +231,7 @@ def test_a_longer_reuse_can_cost_compute():
     curve[1, 2] = 0.3  # from step 0, 2 steps
     calibration = calibration_of({"g": curve})
     assert row_of(curve, 0.2) == "11000111" and row_of(curve, 0.3) == "10011111"
-    assert calibration.schedule(compute=0.7).compute_fraction == 5 / 8
+    assert calibration.schedule(compute=0.7, solver="greedy").compute_fraction == 5 / 8
     assert calibration.alpha_for(0.7) == 0.2 and calibration.alpha_for(0.75) == 0.3
 
 
@@ -316,9 +316,9 @@ def test_a_budget_is_met_as_well_as_any_alpha_meets_it(calibration, twentieths, 
     allowed = [fraction for fraction in fractions if fraction <= budget]
     if not allowed:
         with pytest.raises(CalibrationError, match=f"the least is {min(fractions):.4g}"):
-            calibration.schedule(compute=budget, keep_last=keep_last)
+            calibration.schedule(compute=budget, keep_last=keep_last, solver="greedy")
         return
-    schedule = calibration.schedule(compute=budget, keep_last=keep_last)
+    schedule = calibration.schedule(compute=budget, keep_last=keep_last, solver="greedy")
     assert schedule.compute_fraction == max(allowed)
     alpha = calibration.alpha_for(budget, keep_last=keep_last)
     assert alpha == fractions.index(max(allowed)) / 10, "the smallest alpha of those"
@@ -340,17 +340,17 @@ def test_a_budget_is_met_with_joint_rows(calibration, twentieths):
     allowed = [fraction for fraction in tried if fraction <= twentieths / 20]
     if not allowed:
         with pytest.raises(CalibrationError, match=f"the least is {min(tried):.4g}"):
-            calibration.schedule(compute=twentieths / 20, rows="joint")
+            calibration.schedule(compute=twentieths / 20, rows="joint", solver="greedy")
         return
-    assert calibration.schedule(compute=twentieths / 20, rows="joint").compute_fraction == max(allowed)
+    assert calibration.schedule(compute=twentieths / 20, rows="joint", solver="greedy").compute_fraction == max(allowed)
 
 
 def test_a_budget_is_met_exactly_whatever_the_flops_are():
     curve = curve_with(50, 3, [(0, 3), (4, 2), (7, 2), *((source, 1) for source in range(10, 49, 2))])
     flops = {"blocks.*.attn": 0.1, "blocks.*.mlp": 0.2, "blocks.*.cross": 0.3}
     calibration = calibration_of(dict.fromkeys(flops, curve), flops)
-    assert calibration.schedule(compute=0.48).compute_fraction == 0.48
-    assert calibration.schedule(compute=1).compute_fraction == 1.0
+    assert calibration.schedule(compute=0.48, solver="greedy").compute_fraction == 0.48
+    assert calibration.schedule(compute=1, solver="greedy").compute_fraction == 1.0
 
 
 def test_the_schedule_carries_the_flops_of_the_groups():
@@ -372,8 +372,10 @@ def test_an_unreachable_budget_says_what_can_be_reached():
     with pytest.raises(
         CalibrationError, match=r"computes 0\.3 .*least is 0\.4286, at alpha 0; .*compute=0\.429 or more"
     ):
-        calibration.schedule(compute=0.3)
-    assert calibration.schedule(compute=0.429) == Schedule(7, {"g": [1, 0, 0, 1, 0, 0, 1]}, flops={"g": 1.0})
+        calibration.schedule(compute=0.3, solver="greedy")
+    assert calibration.schedule(compute=0.429, solver="greedy") == Schedule(
+        7, {"g": [1, 0, 0, 1, 0, 0, 1]}, flops={"g": 1.0}
+    )
 
 
 # Files, merging, printing
@@ -476,7 +478,9 @@ def test_observations_outside_the_arrays(lag, step):
         ({"compute": 1.01}, r"compute is 1\.01"),
         ({"compute": math.nan}, "compute is nan"),
         ({"compute": "half"}, "compute is 'half'"),
-        ({"compute": 0.5, "rows": "nonsense"}, "rows is 'nonsense', expected 'joint' or 'group' with the greedy"),
+        ({"alpha": 0.5, "rows": "nonsense"}, "rows is 'nonsense', expected 'joint' or 'group' with the greedy"),
+        ({"compute": 0.5, "rows": "nonsense"}, "rows is 'nonsense', expected 'joint', 'group' or 'site'"),
+        ({"compute": 0.5, "max_variants": 1}, "max_variants is 1, expected a whole number of at least 2"),
         ({"alpha": 0.1, "rows": "site"}, "rows is 'site', .* rows of sites need solver='optimal'"),
     ],
 )

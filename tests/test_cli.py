@@ -302,7 +302,7 @@ def test_progress_goes_to_stderr(factories, tmp_path, monkeypatch, capsys):
     assert main([*command, "--progress"]) == 0
     out, told = capsys.readouterr()
     assert json.loads(out)["rows"][0]["name"] == "half"
-    pattern = r"(before the first call|(uncached|half): step [1-8], trajectory [1-3]), \d+ s"
+    pattern = r"(before the first call|(uncached|half): step [1-8], trajectory [1-4]), \d+ s"
     assert all(re.fullmatch(pattern, line) for line in told.splitlines()), told
     assert "uncached: step" in told and "half: step" in told
     for quiet in ([], ["--no-progress"]):
@@ -408,7 +408,7 @@ def test_the_self_test_tells_what_fails(monkeypatch):
         (["schedule", "--interval", "2"], "--interval needs --steps"),
         (["schedule", "--interval", "2", "--steps", "4", "--solver", "optimal"], "--interval says the rows itself"),
         (["schedule", "{factories}", "--alpha", "0.1"], "is no calibration file"),
-        (["calibrate", "{factories}:sampler", "--probes", "2", "-o", "c.json"], "give --order"),
+        (["calibrate", "{factories}:sampler", "--paper", "--probes", "2", "-o", "c.json"], "leave out --paper"),
         (["convert", "none.json", "ours.json"], "cannot read the schedule file 'none.json'"),
         (["plot", "{factories}", "-o", "x.png"], "is no schedule file"),
     ],

@@ -195,9 +195,13 @@ def test_not_compiled(model, call):
 
 
 def test_training_mode(model):
-    smoothcache.compile(model.train(), SCHEDULE, backend="eager")
-    with pytest.raises(CompiledError, match="training mode.*model.eval"):
-        model(*inputs())
+    """Told where it is compiled, and where it is called."""
+    for refused in (
+        lambda: smoothcache.compile(model.train(), SCHEDULE, backend="eager"),
+        lambda: smoothcache.compile(model.eval(), SCHEDULE, backend="eager").train()(*inputs()),
+    ):
+        with pytest.raises(CompiledError, match="training mode.*model.eval"):
+            refused()
 
 
 def test_gradients_on_an_input(model):

@@ -65,7 +65,7 @@ def caches_of(builder) -> list[torch.Tensor]:
 def test_the_files(tmp_path):
     model = randomize(Stack(3), 0).eval()
     smoothcache.compile(model, Schedule(4, ROWS), backend="eager")
-    with pytest.raises(CompiledError, match="call the compiled model once"):
+    with pytest.raises(CompiledError, match="run what you have compiled once"):
         smoothcache.dump(model, tmp_path)
     run_steps(model)
     files = dumped(model, tmp_path)

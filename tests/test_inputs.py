@@ -144,6 +144,7 @@ def check_with_computed_step(case: Case, step: int) -> None:
         assert_trajectories_close(actual, expected, ALLOWED[torch.float32], case.name)
     report = smoothcache.report(model)
     assert report.graphs == 2
+    assert [group.sites for group in report.groups] == [2] * len(report.groups), "each counts once"
     assert sum(report.forced.values()) == 2 * sum(not row[step] for row in rows_of(case).values())
 
 

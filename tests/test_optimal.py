@@ -269,7 +269,7 @@ def test_an_optimal_schedule_is_nearer_to_the_uncached_sample(model, calibration
         smoothcache.compile(compiled, schedule, backend="eager")
         return psnr(reference, run(compiled, labels, seed=5))
 
-    greedy = calibration.schedule(compute=0.5)
+    greedy = calibration.schedule(compute=0.5, solver="greedy")
     optimal = calibration.schedule(compute=greedy.compute_fraction, solver="optimal", order=1)
     assert quality(optimal) > quality(greedy) + 1
 
@@ -302,7 +302,7 @@ def test_merging_adds_effects_and_products(model, calibration):
 
 
 def test_bad_requests_are_refused(model, calibration):
-    plain = smoothcache.calibrate(model, run, progress=False)
+    plain = smoothcache.calibrate(model, run, order=None, progress=False)
     for arguments, message in (
         ({"compute": 0.5, "solver": "best"}, "solver is 'best', expected 'greedy' or 'optimal'"),
         ({"alpha": 0.1, "solver": "optimal"}, "wants compute"),
@@ -329,9 +329,11 @@ def test_bad_requests_are_refused(model, calibration):
 
 def test_rows_of_groups_need_no_order_for_reuse(model):
     """What the paper's calibration measures is enough for order 0."""
-    plain = smoothcache.calibrate(model, run, progress=False)
-    schedule = plain.schedule(compute=0.5, solver="optimal")
+    plain = smoothcache.calibrate(model, run, order=None, progress=False)
+    schedule = plain.schedule(compute=0.5, solver="optimal", rows="group")
     assert schedule.compute.keys() == plain.groups.keys() and schedule.compute_fraction <= 0.5
+    joint = plain.schedule(compute=0.5)
+    assert len(set(joint.compute.values())) == 1 and joint.order == 0 and joint.variants == 2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from smoothcache_fx import Calibration
-from smoothcache_fx.plots import plot_costs, plot_errors, plot_frontier, plot_schedules, plot_site_errors
+from smoothcache_fx.plots import (
+    pareto_front,
+    plot_costs,
+    plot_errors,
+    plot_frontier,
+    plot_schedules,
+    plot_site_errors,
+)
 from smoothcache_fx.site_errors import SiteErrors
 
 PNG = b"\x89PNG"
@@ -45,7 +52,7 @@ def test_the_heat_maps_lag_must_be_one_that_was_measured(calibration, tmp_path):
 
 
 def test_costs_may_be_unknown(tmp_path):
-    plot_costs([1.0, np.nan, 0.2], tmp_path / "costs.png", label="ms")
+    plot_costs([1.0, np.nan, 0.2], tmp_path / "costs.png", label="ms", title="t")
     assert (tmp_path / "costs.png").read_bytes().startswith(PNG)
 
 
@@ -54,3 +61,8 @@ def test_nothing_to_draw_is_an_error(tmp_path):
         plot_schedules({}, tmp_path / "schedules.png")
     with pytest.raises(ValueError, match="no point to draw"):
         plot_frontier([("all", 1.0, 1.0, np.inf)], tmp_path / "frontier.png")
+
+
+def test_the_pareto_front():
+    points = [(1.0, 50.0), (2.0, 40.0), (2.0, 45.0), (1.5, 44.0), (3.0, 40.0), (2.5, 39.0)]
+    assert pareto_front(points) == [(1.0, 50.0), (2.0, 45.0), (3.0, 40.0)]

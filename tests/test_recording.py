@@ -149,13 +149,15 @@ def test_each_call_of_a_step_has_its_own_history(model):
 
 
 def test_history_on_the_cpu_and_its_size(model):
-    calibration = calibrate(model, sample, lags=2, history_device="cpu")
+    """Outputs of as many steps as forecasts look back; of ``lags`` for the paper's rule alone."""
+    calibration = calibrate(model, sample, lags=2, history_device="cpu", order=None)
     values = 4 * 2 * 6 * 16  # sites, batch, tokens, width
     assert calibration.history_bytes == 2 * values * 4
-    assert calibration == calibrate(model, sample, lags=2) or np.allclose(
-        calibration.error("stack.blocks.*.attn")[0, 1:],
-        calibrate(model, sample, lags=2).error("stack.blocks.*.attn")[0, 1:],
-    )
+    default = calibrate(model, sample, lags=2)
+    reach = 2 * (2 + 1) - 1
+    assert default.history_bytes == (reach + 1) * values * 4 and default.effects.reach == reach
+    assert np.allclose(calibration.error("stack.blocks.*.attn")[0, 1:], default.error("stack.blocks.*.attn")[0, 1:])
+    assert calibration.schedule(alpha=0.3) == default.schedule(alpha=0.3)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -246,3 +248,8 @@ def test_a_repeated_call_that_is_captured_anew_is_computed_and_told(model, monke
     calibrate(model, lambda m: found.append(slices(m)), schedule=Schedule.uniform(4, 2))
     torch.testing.assert_close(found[0], plain)
     assert "was captured as another graph than the call itself" in caplog.text
+
+
+def test_weights_on_the_meta_device_are_refused(model):
+    with pytest.raises(CalibrationError, match="are on the meta device, so that there is nothing to measure"):
+        calibrate(model.to("meta"), sample)

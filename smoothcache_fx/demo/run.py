@@ -32,6 +32,10 @@ from .weights import load_model
 #: Images sampled at a time, with twice as many in the model for guidance.
 BATCH = 50
 EAGER = "eager"
+#: Batches of each configuration at least, which take turns: one alone would not show how far times spread.
+ROUNDS = 3
+#: Speed-ups of rounds that differ by more are unreliable.
+WIDE = 0.1
 
 
 @dataclass
@@ -59,6 +63,7 @@ class Row:
     mac_ratio: float
     speedup_over_compile: float
     speedup_over_eager: float
+    spread: float
     accuracy: float | None
     frechet_distance: float | None
 
@@ -72,7 +77,7 @@ def calibration_trajectories(model: DiT, count: int, steps: int) -> Tensor:
 def run_demo(
     output: Path,
     *,
-    samples: int = 100,
+    samples: int = 150,
     alphas: tuple[float, ...],
     steps: int = 50,
     backend: str = "inductor",
@@ -82,7 +87,7 @@ def run_demo(
 
     Args:
         output: folder for the calibration, the schedules, the table and the pictures; made if missing.
-        samples: images per configuration, rounded up to whole batches of 50.
+        samples: images per configuration, rounded up to whole batches of 50, three at least.
         alphas: thresholds to derive schedules for.
         steps: denoising steps.
         backend: inner compiler, for the plain and the cached model alike.
@@ -98,7 +103,7 @@ def run_demo(
     model = load_model(device)
     say(f"A {len(model.blocks)}-block DiT trained on {len(digits.images)} handwritten digits, on {device}.")
 
-    calibration = calibrate(model, lambda model: calibration_trajectories(model, 10, steps))
+    calibration = calibrate(model, lambda model: calibration_trajectories(model, 10, steps), order=None)
     calibration.save(output / "calibration.json")
     say(str(calibration))
     schedules = {alpha: calibration.schedule(alpha=alpha) for alpha in alphas}
@@ -107,7 +112,7 @@ def run_demo(
         say(f"\nalpha {alpha:g}\n{schedule}")
 
     configurations = _configurations(model, schedules, steps, backend, tqdm)
-    batches = -(-samples // BATCH)
+    batches = max(ROUNDS, -(-samples // BATCH))
     _sample_all(configurations, batches, tqdm)
     for configuration in configurations:
         if configuration.name == EAGER:
@@ -118,6 +123,8 @@ def run_demo(
     rows = _rows(configurations)
     floor = real_frechet_distance(batches * BATCH)
     say("\n" + table(rows))
+    if wide := [row.name for row in rows if row.spread > WIDE]:
+        say(f"Unreliable times, rounds more than {WIDE:.0%} apart: {', '.join(wide)}. Is the machine busy?")
     say(
         f"{batches * BATCH} images each; Frechet distance of real digits to held-out real digits {floor:.3f}; "
         f"the classifier recognises {classifier.held_out_accuracy:.1%} of held-out real digits."
@@ -187,9 +194,13 @@ def _sample_all(configurations: list[Configuration], batches: int, tqdm: Any) ->
 def _rows(configurations: list[Configuration]) -> list[Row]:
     by_name = {configuration.name: configuration for configuration in configurations}
 
-    def speedup(base: str, configuration: Configuration) -> float:
+    def speedups(base: str, configuration: Configuration) -> list[float]:
         pairs = zip(by_name[base].seconds, configuration.seconds, strict=False)  # eager has one batch only
-        return statistics.median(slow / fast for slow, fast in pairs)
+        return [slow / fast for slow, fast in pairs]
+
+    def spread(configuration: Configuration) -> float:
+        ratios = speedups("torch.compile", configuration)
+        return max(ratios) / min(ratios) - 1
 
     return [
         Row(
@@ -197,8 +208,9 @@ def _rows(configurations: list[Configuration]) -> list[Row]:
             c.steps,
             c.computed,
             c.mac_ratio,
-            speedup("torch.compile", c),
-            speedup(EAGER, c),
+            statistics.median(speedups("torch.compile", c)),
+            statistics.median(speedups(EAGER, c)),
+            spread(c),
             c.accuracy,
             c.distance,
         )
@@ -214,6 +226,7 @@ def table(rows: list[Row]) -> str:
         "computed attn ffn",
         "MAC ratio",
         "x torch.compile",
+        "spread",
         "x eager",
         "recognised",
         "Frechet",
@@ -225,6 +238,7 @@ def table(rows: list[Row]) -> str:
             row.computed,
             f"{row.mac_ratio:.2f}",
             f"{row.speedup_over_compile:.2f}",
+            "-" if row.name in (EAGER, "torch.compile") else f"{row.spread:.0%}",
             f"{row.speedup_over_eager:.2f}",
             "-" if row.accuracy is None else f"{row.accuracy:.1%}",
             "-" if row.frechet_distance is None else f"{row.frechet_distance:.3f}",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import smoothcache_fx as smoothcache
-from smoothcache_fx import CalibrationError, CompiledError, Schedule, StepError
+from smoothcache_fx import CalibrationError, CompiledError, Schedule
 from smoothcache_fx.forward import compiled_forward
 
 from .build import CASES, dit, run, sd3
@@ -257,7 +257,7 @@ def test_calibration_gives_everything_back_after_an_error():
     with pytest.raises(RuntimeError, match="no more"):
         calibrate(pipe, sample)
     assert "forward" not in vars(pipe.transformer) and type(pipe.scheduler) is diffusers.DDIMScheduler
-    with pytest.raises(StepError, match="set to 6 timesteps, but the schedule has 5 steps"):
+    with pytest.raises(CalibrationError, match="set to 6 timesteps, expected 5"):
         calibrate(pipe, lambda pipe: run(DIT, pipe, STEPS), steps=5)
 
 
@@ -289,3 +289,56 @@ def test_choose_on_a_pipeline(name):
     )
     assert len(choice.trials) == 2 and choice.schedule.compute_fraction <= 0.6
     assert len(choice.schedule.timesteps) == STEPS
+
+
+def test_explain_takes_a_pipeline_and_a_function_that_runs_it():
+    pipe, ran = sd3(), []
+    schedule = smoothcache.Schedule.uniform(STEPS, 2)
+
+    def sampled(pipe):
+        ran.append(run(CASES["sd3"], pipe, STEPS))
+
+    found = smoothcache.explain(pipe, sampled, schedule=schedule)
+    assert not ran, "the first call of the denoiser tells the inputs"
+    assert found.model == "SD3Transformer2DModel" and len(found.sites) > 1 and found.prediction.mac_ratio > 1.2
+    assert not pipe.transformer._forward_pre_hooks
+    smoothcache.compile(pipe, schedule, backend="eager")
+    assert smoothcache.explain(pipe, sampled).flops == found.flops, "compiled or not"
+    before = run(CASES["sd3"], pipe, STEPS)
+    assert (
+        smoothcache.report(pipe).trajectories == 1 and not smoothcache.report(pipe).forced and before.isfinite().all()
+    )
+    for wrong in ((), ("a prompt",), (torch.ones(1), torch.ones(1))):
+        with pytest.raises(TypeError, match="takes one function that runs it"):
+            smoothcache.explain(pipe, *wrong)
+    with pytest.raises(TypeError, match="the function ran none of transformer"):
+        smoothcache.explain(pipe, lambda pipe: None)
+
+
+def test_explain_and_dump_of_two_denoisers(tmp_path):
+    case = CASES["wan_2_2"]
+    pipe = case.make()
+    found = smoothcache.explain(
+        pipe, lambda pipe: run(case, pipe, STEPS), schedule=smoothcache.Schedule.uniform(STEPS, 2)
+    )
+    parts = {site.name.split(": ")[0] for site in found.sites}
+    assert parts == {"transformer", "transformer_2"} and found.prediction.mac_ratio > 1.2
+    assert len(found.prediction.step_shares) == STEPS and max(found.prediction.step_shares) == pytest.approx(1)
+    smoothcache.compile(pipe, smoothcache.Schedule.uniform(STEPS, 2), backend="eager")
+    with pytest.raises(CompiledError, match="nothing is captured yet"):
+        smoothcache.dump(pipe, tmp_path)
+    run(case, pipe, STEPS)
+    files = smoothcache.dump(pipe, tmp_path)
+    assert files[0] == tmp_path / "transformer" / "README.md" and tmp_path / "transformer_2" / "sites.json" in files
+    assert all(path.exists() for path in files)
+    one = dit()
+    smoothcache.compile(one, smoothcache.Schedule.uniform(STEPS, 2), backend="eager")
+    run(CASES["dit_ddim"], one, STEPS)
+    assert smoothcache.dump(one, tmp_path / "one")[0] == tmp_path / "one" / "README.md"
+
+
+def test_steps_of_a_calibrated_pipeline_are_compared_with_its_scheduler():
+    pipe = dit()
+    with pytest.raises(CalibrationError, match="was set to 6 timesteps, expected 20: give steps=6, or leave it out"):
+        calibrate(pipe, lambda pipe: run(CASES["dit_ddim"], pipe, 6), steps=20)
+    assert calibrate(pipe, lambda pipe: run(CASES["dit_ddim"], pipe, 6), steps=6).steps == 6
