@@ -76,7 +76,12 @@ def optimal_rows(
     best: tuple[float, dict[str, list[bool]], int] | None = None
     for candidate in _orders(calibration, order, products=True):
         costs = {key: _costs(calibration, sites, candidate, times) for key, sites in parts.items()}
-        total, found = _separate_rows(flops, clusters, costs, budget, keep_last, max_variants)
+        try:
+            total, found = _separate_rows(flops, clusters, costs, budget, keep_last, max_variants)
+        except CalibrationError:
+            if best is None:
+                raise
+            continue
         if best is None or total < WORTHWHILE**2 * best[0]:
             best = total, found, candidate
     assert best is not None
@@ -134,7 +139,12 @@ def _joint_row(
         else:
             plan = joint_plan(calibration, candidate, times)
         costs, found = best_rows(plan.costs(), keep_last)
-        count = share({"": costs}, None, budget)[""]
+        try:
+            count = share({"": costs}, None, budget)[""]
+        except CalibrationError:
+            if best is None:
+                raise
+            continue  # forecasts need more computed steps, as after guidance is switched off
         regular = every_nth_row(calibration.steps, count, keep_last)
         independent = INDEPENDENT if order is not None else CAUTIOUS
         # Errors of even gaps undo each other, which the program cannot see: improving them may lead to a better end.

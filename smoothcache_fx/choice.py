@@ -195,7 +195,12 @@ def _candidates(calibration: Calibration, count: int, orders: Sequence[int]) -> 
     interval = math.ceil(steps / count)
     found: dict[Schedule, tuple[str, float]] = {}
     for order in sorted(set(orders)):
-        optimal = calibration.schedule(compute=count / steps, solver="optimal", order=order)
+        try:
+            optimal = calibration.schedule(compute=count / steps, solver="optimal", order=order)
+        except CalibrationError:  # forecasts need more computed steps, as after guidance is switched off
+            if order == max(orders) and not found:
+                raise
+            continue
         uniform = [step % interval == 0 for step in range(steps)]
         uniform[-1] |= sum(uniform) < count
         rows = {"every n-th": uniform}

@@ -15,6 +15,7 @@ from pipelines.build import CASES
 from pipelines.build import run as run_pipeline
 from smoothcache_fx import Calibration, Schedule
 from smoothcache_fx._clusters import clustered, joined, variants_of
+from smoothcache_fx._effects import Effects
 from smoothcache_fx.comparison import as_vector, psnr
 from smoothcache_fx.demo.model import DiT, randomize
 from smoothcache_fx.demo.sampler import sample
@@ -91,6 +92,26 @@ def test_without_effects_it_goes_by_errors():
     assert schedule.order == 0 and schedule.variants == 2 and schedule.compute_fraction <= 0.5
     loaded = dataclasses.replace(smoothcache.calibrate(model, run, progress=False), effects=None)
     assert loaded.schedule(compute=0.5) == schedule
+
+
+def test_where_forecasts_reach_over_a_change_of_the_batch():
+    """Guidance that is switched off half-way: no output of before can be read, and forecasts lack a second one."""
+    model, run = demo()
+    calibration = smoothcache.calibrate(model, run, progress=False)
+    sketch, half = calibration.effects.sketch.copy(), STEPS // 2
+    for step in range(half, STEPS):
+        sketch[step, step - half + 1 :] = np.nan
+    changed = dataclasses.replace(calibration, effects=Effects(sketch, calibration.effects.weight))
+    least = 0.3  # five steps at order 0, the first of each half among them; forecasts need more
+    with pytest.raises(smoothcache.CalibrationError, match="the least is"):
+        changed.schedule(compute=least, order=1)
+    schedule = changed.schedule(compute=least)
+    row = next(iter(schedule.compute.values()))
+    assert schedule.order == 0 and row[half] and schedule.compute_fraction <= least
+    chosen = smoothcache.choose(
+        model, run, compute=least, orders=(0, 1), calibration=changed, trajectories=3, progress=False
+    )
+    assert chosen.trials and chosen.schedule.compute_fraction <= least
 
 
 def of_groups(flops) -> Calibration:
