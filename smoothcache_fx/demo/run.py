@@ -30,7 +30,7 @@ from .sampler import sample
 from .weights import load_model
 
 #: Images sampled at a time, with twice as many in the model for guidance.
-BATCH = 50
+BATCH = 34
 EAGER = "eager"
 #: Batches of each configuration at least, which take turns: one alone would not show how far times spread.
 ROUNDS = 3
@@ -77,7 +77,7 @@ def calibration_trajectories(model: DiT, count: int, steps: int) -> Tensor:
 def run_demo(
     output: Path,
     *,
-    samples: int = 150,
+    samples: int = 100,
     alphas: tuple[float, ...],
     steps: int = 50,
     backend: str = "inductor",
@@ -87,7 +87,7 @@ def run_demo(
 
     Args:
         output: folder for the calibration, the schedules, the table and the pictures; made if missing.
-        samples: images per configuration, rounded up to whole batches of 50, three at least.
+        samples: images per configuration, rounded up to whole batches of 34, three at least.
         alphas: thresholds to derive schedules for.
         steps: denoising steps.
         backend: inner compiler, for the plain and the cached model alike.
