@@ -171,7 +171,7 @@ def _sampler(model: DiT, steps: int) -> Callable[[Tensor, int], Tensor]:
 
 
 def _labels(batches: int) -> Tensor:
-    return torch.arange(batches * BATCH) % 10
+    return (torch.arange(BATCH) % 10).repeat(batches)
 
 
 def _sample_all(configurations: list[Configuration], batches: int, tqdm: Any) -> None:
