@@ -62,6 +62,8 @@ def optimal_rows(
     """
     if order is not None:
         order = whole_number(order, "order", 0, CalibrationError)
+        if order > HIGHEST_ORDER:
+            raise CalibrationError(f"order is {order}, expected 0, 1 or {HIGHEST_ORDER}, or None for the best of them")
     times = None if times is None else times_of(times, calibration.steps)
     if rows is None:
         rows = "joint" if calibration.effects is not None or order in (None, 0) else "group"

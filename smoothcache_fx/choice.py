@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ._plans import even_row, joint_plan
+from ._plans import even_row, every_nth_row, joint_plan
 from ._rows import scalar
 from .calibration import Calibration
 from .comparison import Metric, as_vector, psnr
@@ -192,7 +192,6 @@ def _count(calibration: Calibration, compute: float) -> int:
 def _candidates(calibration: Calibration, count: int, orders: Sequence[int]) -> Iterator[tuple[str, Schedule, float]]:
     """Schedules that compute at most so many steps, what their rows are and their predicted errors: least first."""
     steps = calibration.steps
-    interval = math.ceil(steps / count)
     found: dict[Schedule, tuple[str, float]] = {}
     for order in sorted(set(orders)):
         try:
@@ -201,7 +200,7 @@ def _candidates(calibration: Calibration, count: int, orders: Sequence[int]) -> 
             if order == max(orders) and not found:
                 raise
             continue
-        uniform = [step % interval == 0 for step in range(steps)]
+        uniform = every_nth_row(steps, count)
         uniform[-1] |= sum(uniform) < count
         rows = {"every n-th": uniform}
         if count > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from time import perf_counter
@@ -184,7 +184,7 @@ def compare(
                 name=name,
                 seconds=statistics.median(cached.seconds),
                 speedup=statistics.median(ratios),
-                spread=max(ratios) / min(ratios) - 1 if rounds > 1 else math.nan,
+                spread=spread_of(ratios),
                 mac_ratio=cached.mac_ratio,
                 psnr=psnr(plain.result, cached.result),
                 cosine=float(torch.nn.functional.cosine_similarity(plain.result, cached.result, dim=0)),
@@ -194,6 +194,11 @@ def compare(
             )
         )
     return Comparison(type(model_or_pipeline).__name__, statistics.median(plain.seconds), tuple(rows))
+
+
+def spread_of(ratios: Sequence[float]) -> float:
+    """The largest over the smallest, less 1; NaN of a single one."""
+    return max(ratios) / min(ratios) - 1 if len(ratios) > 1 else math.nan
 
 
 def psnr(reference: torch.Tensor, result: torch.Tensor) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ._html import COMPUTED, REUSED
 from .calibration import Calibration
 from .schedule import Schedule
 
@@ -125,7 +126,7 @@ def plot_schedules(schedules: Mapping[str, Schedule], path: str | PathLike[str])
     axis = figure.subplots()
     for y, (_, row) in enumerate(rows):
         for step, computed in enumerate(row):
-            axis.barh(y + 0.5, 0.88, left=step + 0.06, height=0.76, color=COLOURS[0] if computed else "#DDE3EA")
+            axis.barh(y + 0.5, 0.88, left=step + 0.06, height=0.76, color=COMPUTED if computed else REUSED)
         axis.text(steps + 0.6, y + 0.5, f"{sum(row)}/{len(row)}", va="center", fontsize=8)
     axis.set_xlim(0, steps + 3.5)
     axis.set_ylim(len(rows), 0)

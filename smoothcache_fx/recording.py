@@ -51,8 +51,8 @@ def calibrate(
         order: also measure what ``Calibration.schedule(compute=...)`` plans with, for forecasts up to this order, 0 to
             2. After each call the model is called once more for each of ``(order + 1) * (lags + 1) - 1`` steps back, 7
             by default, with all branches read in place of being computed: each takes what a cached call takes, without
-            a compiler. As many outputs of every site are kept. None measures the paper's errors alone, at ``lags``
-            outputs and no further call; ``schedule(alpha=...)`` is the same with any order. Inner products of a
+            a compiler. The outputs of these steps and of the present one are kept, of every site. None measures the
+            paper's errors alone, with ``lags`` steps' outputs and no further call; ``schedule(alpha=...)`` is the same with any order. Inner products of a
             branch's outputs are taken over 4096 random elements of each: a relative error of a forecast is known to
             within about 2% of itself from one call.
         schedule: follow this schedule, with its forecasts: the sampler gets what the compiled model would give it, and
@@ -63,7 +63,7 @@ def calibrate(
         steps: denoising steps in a trajectory, if they cannot be seen from the timesteps.
         calls_per_step: calls of a bare model in one step; each has a history of its own. By default one; two calls in a
             row at one timestep are then an error.
-        history_device: where the outputs of every site are kept (the model's device by default): 7 steps' by default,
+        history_device: where the outputs of every site are kept (the model's device by default): 8 steps' by default,
             ``lags`` without ``order``. A step's take ``batch * tokens * width * bytes per element`` a branch, as the
             caches of a schedule do. ``"cpu"`` spares the device's memory and takes longer.
         progress: show a progress bar (needs tqdm).

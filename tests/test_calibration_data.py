@@ -480,6 +480,7 @@ def test_observations_outside_the_arrays(lag, step):
         ({"compute": "half"}, "compute is 'half'"),
         ({"alpha": 0.5, "rows": "nonsense"}, "rows is 'nonsense', expected 'joint' or 'group' with the greedy"),
         ({"compute": 0.5, "rows": "nonsense"}, "rows is 'nonsense', expected 'joint', 'group' or 'site'"),
+        ({"compute": 0.5, "order": 3}, "order is 3, expected 0, 1 or 2, or None for the best"),
         ({"compute": 0.5, "max_variants": 1}, "max_variants is 1, expected a whole number of at least 2"),
         ({"alpha": 0.1, "rows": "site"}, "rows is 'site', .* rows of sites need solver='optimal'"),
     ],

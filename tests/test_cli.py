@@ -343,6 +343,7 @@ def test_doctor_without_its_self_test(capsys):
     text = capsys.readouterr().out
     assert code == int("missing " in text)
     assert f"torch: {torch.__version__}" in text and "C++ compiler" in text and "self-test" not in text
+    assert all(line.startswith("- ") for line in text.splitlines() if "(only for " in line), "not there, and not needed"
     main(["doctor", "--no-self-test", "--json"])
     assert {finding["what"] for finding in json.loads(capsys.readouterr().out)} >= {"torch", "triton", "Graphviz"}
 

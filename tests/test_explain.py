@@ -228,4 +228,5 @@ def test_report_before_and_after(model):
     assert counts == {"blocks.*.attn": (3, 9, 9), "blocks.*.mlp": (3, 6, 12)}
     assert (report.calls, report.steps, report.trajectories) == (6, 6, 2)
     assert len(report.compile_seconds) == report.variants == 3
+    assert f"3 variants, compiled in {sum(report.compile_seconds):.1f} s" in str(report)
     assert "6 calls, 6 steps, 2 trajectories" in str(report) and "MAC ratio" in str(report)

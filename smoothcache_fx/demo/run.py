@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..calibration import Calibration
+from ..comparison import WIDE, spread_of
 from ..compiler import compile
 from ..plots import new_figure, plot_errors, plot_schedules, plot_site_errors
 from ..recording import calibrate
@@ -34,8 +35,6 @@ BATCH = 34
 EAGER = "eager"
 #: Batches of each configuration at least, which take turns: one alone would not show how far times spread.
 ROUNDS = 3
-#: Speed-ups of rounds that differ by more are unreliable.
-WIDE = 0.1
 
 
 @dataclass
@@ -198,10 +197,6 @@ def _rows(configurations: list[Configuration]) -> list[Row]:
         pairs = zip(by_name[base].seconds, configuration.seconds, strict=False)  # eager has one batch only
         return [slow / fast for slow, fast in pairs]
 
-    def spread(configuration: Configuration) -> float:
-        ratios = speedups("torch.compile", configuration)
-        return max(ratios) / min(ratios) - 1
-
     return [
         Row(
             c.name,
@@ -210,7 +205,7 @@ def _rows(configurations: list[Configuration]) -> list[Row]:
             c.mac_ratio,
             statistics.median(speedups("torch.compile", c)),
             statistics.median(speedups(EAGER, c)),
-            spread(c),
+            spread_of(speedups("torch.compile", c)),
             c.accuracy,
             c.distance,
         )
