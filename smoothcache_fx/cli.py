@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "demo --alphas 0.1 0.2 --output results",
     )
     demo.add_argument("--quick", action="store_true", help="20 steps and one alpha")
-    demo.add_argument("--samples", type=int, default=100, help="images per configuration, in batches of 34 (100)")
+    demo.add_argument("--samples", type=int, default=120, help="images per configuration, in batches of 40 (120)")
     demo.add_argument("--alphas", type=float, nargs="+", metavar="ALPHA", help="thresholds")
     demo.add_argument("--steps", type=int, help="denoising steps (50)")
     demo.add_argument("--backend", default="inductor", help="inner compiler (inductor)")

@@ -52,9 +52,9 @@ def calibrate(
             2. After each call the model is called once more for each of ``(order + 1) * (lags + 1) - 1`` steps back, 7
             by default, with all branches read in place of being computed: each takes what a cached call takes, without
             a compiler. The outputs of these steps and of the present one are kept, of every site. None measures the
-            paper's errors alone, with ``lags`` steps' outputs and no further call; ``schedule(alpha=...)`` is the same with any order. Inner products of a
-            branch's outputs are taken over 4096 random elements of each: a relative error of a forecast is known to
-            within about 2% of itself from one call.
+            paper's errors alone, with ``lags`` steps' outputs and no further call; ``schedule(alpha=...)`` is the same
+            with any order. Inner products of a branch's outputs are taken over 4096 random elements of each: a relative
+            error of a forecast is known to within about 2% of itself from one call.
         schedule: follow this schedule, with its forecasts: the sampler gets what the compiled model would give it, and
             all is measured along that trajectory. All branches are computed nonetheless. Or a function that makes a
             schedule of a calibration: what it makes of the uncached trajectory is followed, what it makes of that one
