@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -65,6 +64,9 @@ def dynamo_compile(
 ) -> Callable[..., Any]:
     """``torch.compile`` whose recompiles count for this call alone: many models of a class do not exhaust the limit.
 
+    ``torch.compile(isolate_recompiles=True)`` does that too, but tells its regions apart by a number that all threads
+    share (torch 2.13): of two models that run at once, one is captured anew at each call.
+
     With ``data_dependent_sizes`` the graph does not break where a size depends on data, as after ``nonzero``.
     ``guard_filter_fn`` is ``torch.compile``'s option of this name.
     """
@@ -72,11 +74,7 @@ def dynamo_compile(
         options["options"] = {"guard_filter_fn": guard_filter_fn}
     # Frames behind a graph break have code that other calls share: Dynamo tells whose graphs are whose by the backend.
     backend = functools.partial(backend)
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        options["isolate_recompiles"] = True
-    else:
-        forward = _with_own_code(forward)  # torch 2.11: Dynamo counts per code object
-    compiled = torch.compile(forward, backend=backend, **options)
+    compiled = torch.compile(_with_own_code(forward), backend=backend, **options)
     if not data_dependent_sizes:
         return compiled
     settings = dynamo_config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
@@ -95,7 +93,7 @@ def no_recompile_limit() -> contextlib.AbstractContextManager[Any]:
 
 
 def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The function or bound method with a copy of its code object."""
+    """The function or bound method with a copy of its code object: Dynamo counts recompiles per code object."""
     function = getattr(forward, "__func__", forward)
     if not isinstance(function, types.FunctionType):
         return forward
