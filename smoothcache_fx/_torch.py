@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -87,9 +88,37 @@ def dynamo_compile(
     return call
 
 
-def no_recompile_limit() -> contextlib.AbstractContextManager[Any]:
+class _Lifted:
+    """How many are inside of ``no_recompile_limit``, and the limits that the last one to leave restores."""
+
+    count = 0
+    limits = 0, 0
+
+
+class _LiftedInThread(_Lifted, threading.local):
+    pass
+
+
+#: Dynamo's settings are each thread's own (torch 2.13) or the process's (torch 2.11).
+_lifted = _LiftedInThread() if hasattr(dynamo_config, "_hash_dirty_var") else _Lifted()
+_lifting = threading.Lock()
+
+
+@contextlib.contextmanager
+def no_recompile_limit() -> Iterator[None]:
     """Inside, Dynamo captures a function anew as often as it must: a server meets any number of prompt lengths."""
-    return dynamo_config.patch(recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=MOST_GRAPHS)
+    with _lifting:
+        if not _lifted.count:
+            _lifted.limits = dynamo_config.recompile_limit, dynamo_config.accumulated_recompile_limit
+            dynamo_config.recompile_limit = dynamo_config.accumulated_recompile_limit = MOST_GRAPHS
+        _lifted.count += 1
+    try:
+        yield
+    finally:
+        with _lifting:
+            _lifted.count -= 1
+            if not _lifted.count:
+                dynamo_config.recompile_limit, dynamo_config.accumulated_recompile_limit = _lifted.limits
 
 
 def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,6 +28,13 @@ from .schedule import KINDS, Schedule
 log = logging.getLogger(__name__)
 
 
+class CapturedMeanwhile(BaseException):
+    """Another thread has captured the model while this one waited to: Dynamo may find that graph if called again.
+
+    Dynamo looks for a graph, then waits for its lock, and does not look again. No ``Exception``: it would wrap that.
+    """
+
+
 class Frame:
     """One frame that Dynamo captured: which of its inputs are weights, and what they are called.
 
@@ -226,6 +233,8 @@ class Session:
         self.current = CurrentCall()
         self.keeper = CacheKeeper()
         self.programs: list[Program] = []
+        #: How often Dynamo has captured something.
+        self.captured = 0
         #: Whether more than one graph has run in one call of the model.
         self.broken = False
         #: Modules that stand as one op in the graph, by name, since it would break inside of them.
@@ -278,9 +287,18 @@ class Session:
         return GuardedProgram(builder, self.current, self.keeper, _torch.compile_lock)
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The backend as Dynamo calls it: once per captured frame."""
+        """The backend as Dynamo calls it: once per captured frame.
+
+        Raises ``CapturedMeanwhile`` where this call has waited for another thread's capture and begun nothing else.
+        """
+        call = self.current.call
+        if call.captured not in (None, self.captured) and not call.graphs:
+            raise CapturedMeanwhile
         program, run = compile_frame(self, gm, inputs)
         self.programs.append(program)
+        self.captured += 1
+        if call.captured is not None:
+            call.captured = self.captured
         return run
 
 

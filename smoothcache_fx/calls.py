@@ -40,15 +40,17 @@ class ModelCall:
         binding: of the captured graph that runs now, set just before it runs.
         graphs, sites: how many captured graphs have run in this call, and how many sites they have.
         ordinals: per place in the model, how often its graph has run in this call.
+        captured: how many captures this call knows of: those before it began, and its own; or None.
     """
 
-    __slots__ = ("binding", "graphs", "moment", "ordinals", "sites")
+    __slots__ = ("binding", "captured", "graphs", "moment", "ordinals", "sites")
 
     def __init__(self, moment: Moment) -> None:
         self.moment = moment
         self.binding: Any = None
         self.graphs = self.sites = 0
         self.ordinals: dict[Any, int] = {}
+        self.captured: int | None = None
 
     def end(self) -> None:
         """Hold on to no cache."""

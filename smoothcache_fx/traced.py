@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from . import _torch
-from .backend import Program, Session, breaks_of, flops_in_sites, share_outside
+from .backend import CapturedMeanwhile, Program, Session, breaks_of, flops_in_sites, share_outside
 from .eager_work import flops_by_container
 from .errors import SmoothCacheError
 from .whole import WholeModules, hooked_modules, record
@@ -44,6 +45,8 @@ class Traced:
         self._compile = functools.partial(_torch.dynamo_compile, forward, session, **options)
         self._call = self._compile()
         self._tried = self._failed = False
+        #: Held by the thread that looks at the first call, or begins anew.
+        self._looking = threading.RLock()
         #: Sites of the first call, and how often the capture may begin anew because a later one has fewer.
         self._sites, self._again = 0, 3
 
@@ -59,14 +62,23 @@ class Traced:
 
     def _later(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graphs = len(self.session.programs)
-        if graphs < MANY_GRAPHS:
-            output = self._call(*args, **kwargs)
+        if graphs < MANY_GRAPHS and not self.session.broken:
+            output = self._run(args, kwargs)
         else:
             with _torch.no_recompile_limit():
-                output = self._call(*args, **kwargs)
+                output = self._run(args, kwargs)
         if len(self.session.programs) != graphs:
             self._look_at(self.session.programs[graphs:])
         return output
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        session = self.session
+        while True:
+            session.current.call.captured = session.captured
+            try:
+                return self._call(*args, **kwargs)
+            except CapturedMeanwhile:
+                log.info("another thread has captured the model meanwhile")
 
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -74,8 +86,16 @@ class Traced:
         except Exception as error:  # noqa: BLE001 - whatever the caller's objects raise
             log.info("captured in one way only, since the inputs cannot be copied: %s", error)
             inputs = None
-        output = self._call(*args, **kwargs)
-        self._tried = True
+        with _torch.no_recompile_limit():  # other models share the code behind a graph break
+            output = self._run(args, kwargs)
+        with self._looking:
+            if not self._tried:  # another thread's first call may have ended before
+                self._tried = True
+                self._look_at_first(inputs)
+        return output
+
+    def _look_at_first(self, inputs: tuple[Any, Any] | None) -> None:
+        """Whether the capture has lost work, and what else can be tried."""
         if inputs is not None and breaks_of(self.session):
             self.session.eager_flops = self._eager_flops(inputs)
         if inputs is not None and self._loses_work():
@@ -86,7 +106,6 @@ class Traced:
         if self.session.eager_flops:
             self.session.settled_share = share_outside(self.session)
         self._sites = self.session.current.call.sites
-        return output
 
     def _look_at(self, programs: Sequence[Program]) -> None:
         """Whether graphs that a later call has added have lost sites: the next call is then captured like a first one.
