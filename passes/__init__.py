@@ -10,6 +10,7 @@ from .lowering import Lowering, lowering_for
 from .merge_equal import merge_equal
 from .narrow import narrow
 from .observe import observe
+from .replace_writes import replace_writes
 from .simplify import simplify
 from .sites import Rejection, Site, analyze, find_sites
 from .specialize import specialize
@@ -36,6 +37,7 @@ __all__ = [
     "merge_equal",
     "narrow",
     "observe",
+    "replace_writes",
     "run_guarded",
     "simplify",
     "specialize",

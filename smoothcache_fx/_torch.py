@@ -32,6 +32,8 @@ MOST_GRAPHS = 1 << 16
 InnerCompile = Callable[..., Any]
 #: What Dynamo and its backends raise where a function cannot be compiled.
 CompileError = torch._dynamo.exc.TorchDynamoException
+#: Of these, what is raised where the backend failed; ``inner_exception`` is its own error.
+BackendFailed = torch._dynamo.exc.BackendCompilerFailed
 
 
 #: Of ops that wait for the device: Inductor keeps them out of CUDA graphs.

@@ -18,7 +18,7 @@ from .caches import CacheKeeper
 from .calls import CurrentCall, ModelCall, StepClock
 from .errors import ScheduleError
 from .inner import CompileVariant, InnerCompiler
-from .passes import container_of, work_outside
+from .passes import container_of, replace_writes, work_outside
 from .passes.facts import WEIGHT
 from .passes.guard import placeholders
 from .passes.names import common_module, drop_components, group_of, unique_names
@@ -357,6 +357,8 @@ def module_weight_names(root: torch.nn.Module | None) -> dict[int, str]:
 
 def compile_frame(session: Session, gm: GraphModule, inputs: Sequence[Any]) -> tuple[Program, Callable[..., Any]]:
     """Capture a frame's ATen graph and return its program, with the function that Dynamo is to call."""
+    if replace_writes(gm.graph):
+        gm.recompile()
     frame = Frame(gm, inputs, session.weight_names())
     made: list[Program] = []
 

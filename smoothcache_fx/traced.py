@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ import torch
 from . import _torch
 from .backend import CapturedMeanwhile, Program, Session, breaks_of, flops_in_sites, share_outside
 from .eager_work import flops_by_container
-from .errors import SmoothCacheError
+from .errors import CompiledError, SmoothCacheError
 from .whole import WholeModules, hooked_modules, record
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class Traced:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self._later(args, kwargs) if self._tried else self._first(args, kwargs)
+        except _torch.BackendFailed as error:
+            raise _capture_error(self._forward, error) from error
         except (SmoothCacheError, _torch.CompileError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -199,6 +203,24 @@ class Traced:
                 program.close()
         else:
             self.session.put_back(kept)
+
+
+def _capture_error(forward: Callable[..., Any], error: _torch.BackendFailed) -> BaseException:
+    """What the user is told where PyTorch could not make a functional graph of what Dynamo had captured."""
+    inner = error.inner_exception
+    if isinstance(inner, (SmoothCacheError, torch.OutOfMemoryError)):
+        return inner
+    where = re.findall(r'File "(.*)", line (\d+), in (\w+)\n\s*(.*)', str(inner).partition("Original traceback:")[2])
+    place = ""
+    if where:
+        file, line, function, code = where[-1]
+        place = f" at {os.path.basename(file)}:{line} in {function}: {code}"
+    model = type(getattr(forward, "__self__", forward)).__name__
+    return CompiledError(
+        f"{model} cannot be captured: PyTorch fails{place}. Put @torch.compiler.disable on the function that does "
+        "this; what surrounds it is then captured. If it is not your own code, please report the model. PyTorch said: "
+        f"{type(inner).__name__}: {str(inner).strip().partition(chr(10))[0]}"
+    )
 
 
 def _with(modules: WholeModules, call: Callable[..., Any]) -> Callable[..., Any]:

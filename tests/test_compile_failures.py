@@ -14,7 +14,7 @@ import smoothcache_fx as smoothcache
 from cases import run_trajectory
 from models import CASES
 from oracle import Oracle
-from smoothcache_fx import Schedule
+from smoothcache_fx import CompiledError, Schedule
 from tolerances import assert_trajectories_close, tolerance
 
 CASE, STEPS = CASES["adaln_zero"], 7
@@ -106,3 +106,41 @@ def test_want_of_a_compiler_is_passed_on(monkeypatch, caplog):
     monkeypatch.setattr(compile_fx, "compile_fx_inner", compiled)
     with pytest.raises(InductorError):
         check("inductor", caplog)
+
+
+class WritesThroughStrides(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ffn = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
+
+    def write(self, x):
+        x = x.clone()
+        x[:, :4].as_strided((2, 2), (8, 1)).add_(1)
+        return x
+
+    def forward(self, x):
+        x = self.write(x)
+        return x + self.ffn(x)
+
+
+class Disabled(WritesThroughStrides):
+    @torch.compiler.disable
+    def write(self, x):
+        return super().write(x)
+
+
+@torch.no_grad()
+def test_what_pytorch_cannot_capture_is_said_with_its_place_and_a_way_out():
+    x = torch.randn(1, 4, 8)
+    model = smoothcache.compile(WritesThroughStrides().eval(), Schedule.uniform(2, 2), backend="eager")
+    with pytest.raises(CompiledError, match=r"WritesThroughStrides cannot be captured.*in write: .*as_strided"):
+        model(x)
+    smoothcache.remove(model)
+    with pytest.raises(CompiledError, match=r"cannot be captured.*in write: "):
+        smoothcache.explain(model, x)
+    way_out = Disabled().eval()
+    expected = way_out(x)
+    smoothcache.compile(way_out, Schedule.uniform(2, 2), backend="eager")
+    assert torch.equal(way_out(x), expected)
+    way_out(x)
+    assert smoothcache.report(way_out).mac_ratio == pytest.approx(2.0)

@@ -342,3 +342,26 @@ def test_steps_of_a_calibrated_pipeline_are_compared_with_its_scheduler():
     with pytest.raises(CalibrationError, match="was set to 6 timesteps, expected 20: give steps=6, or leave it out"):
         calibrate(pipe, lambda pipe: run(CASES["dit_ddim"], pipe, 6), steps=20)
     assert calibrate(pipe, lambda pipe: run(CASES["dit_ddim"], pipe, 6), steps=6).steps == 6
+
+
+# Perturbed attention guidance.
+
+
+def perturbed(pipe):
+    parts = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
+    return diffusers.StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"])
+
+
+def test_perturbed_attention_guidance():
+    """Its attention processor writes to a mask in a way that PyTorch cannot make functional."""
+    pipe = perturbed(sd3())
+    guided = {"pag_scale": 2.0}
+    plain, unperturbed = run(SD3, pipe, STEPS, **guided), run(SD3, pipe, STEPS, pag_scale=0.0)
+    assert difference(plain, unperturbed) >= 1e-3
+    with cached_by_hand(SD3, pipe, ROWS):
+        expected = run(SD3, pipe, STEPS, **guided)
+    smoothcache.compile(pipe, Schedule(STEPS, ROWS), backend="eager")
+    assert difference(run(SD3, pipe, STEPS, **guided), expected) <= 1e-5
+    assert difference(plain, expected) >= 1e-3
+    report = smoothcache.report(pipe)
+    assert report.uncompiled_calls == 0 and not report.forced
