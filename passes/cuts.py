@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from torch.fx import Graph, Node
 
-from .facts import WEIGHT, GraphFacts
+from .facts import GraphFacts
 from .flops import estimate_sizes, node_flops
+from .names import WEIGHT
 from .sites import Site, only_needed_by
 
 

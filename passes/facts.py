@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .flops import SDPA
+from .flops import SDPA, is_custom
+from .names import WEIGHT
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-#: Key in a placeholder's metadata that marks it as a parameter or buffer; the value is its qualified name.
-WEIGHT = "smoothcache_weight"
 
 _SCALARS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
@@ -117,10 +115,7 @@ def is_opaque(node: Node) -> bool:
     """Whether the op is one that PyTorch cannot see into: a custom op, a kernel, a higher-order op."""
     if node.op != "call_function":
         return False
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return True
-    namespace = getattr(node.target, "namespace", None)
-    return namespace is not None and namespace not in ("aten", "prims", "prim")
+    return isinstance(node.target, torch._ops.HigherOrderOperator) or is_custom(packet(node))
 
 
 @dataclass

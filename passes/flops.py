@@ -13,6 +13,8 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from .names import WEIGHT
+
 aten = torch.ops.aten
 
 # Fused attention. PyTorch's own registry counts some of these as zero, and torch 2.11's formula for the others refuses
@@ -80,6 +82,31 @@ def concrete(size: Any, estimates: Mapping[Any, int] | None = None) -> int:
     return int(size.node.expr.xreplace(values))
 
 
+def is_custom(packet: Any) -> bool:
+    """Whether the packet of an op is a custom op's, which PyTorch cannot see into."""
+    namespace = getattr(packet, "_qualified_op_name", "").partition("::")[0]
+    return namespace not in ("", "aten", "prims", "prim")
+
+
+def custom_product_flops(activation: torch.Tensor, weights: Sequence[torch.Tensor], output: Any) -> int:
+    """FLOPs of a custom op if it is a linear layer's, as those of quantized models are; else 0.
+
+    It is if each row of the activation becomes one of the output, and a weight has a bit or more for each pair of their
+    columns. A norm's weight has too few.
+    """
+    if isinstance(output, (tuple, list)):
+        output = output[0] if output else None
+    if not isinstance(output, torch.Tensor) or not activation.ndim or not output.ndim:
+        return 0
+    if activation.shape[:-1] != output.shape[:-1]:
+        return 0
+    inner, columns = activation.shape[-1], output.shape[-1]
+    for weight in weights:
+        if weight.numel() > max(inner, columns) and 8 * weight.numel() * weight.element_size() >= inner * columns:
+            return 2 * output.numel() * inner
+    return 0
+
+
 def estimate_sizes(graph: Graph) -> dict[Any, int]:
     """Estimates of data-dependent sizes: the parts of a split, as of tokens to experts, share what is split."""
     estimates = {}
@@ -128,7 +155,13 @@ def node_flops(node: Node, estimates: Mapping[Any, int]) -> int:
         return 2 * out.numel() * left.shape[-1]
     formula = flop_registry.get(packet)
     if formula is None:
-        return 0
+        if not is_custom(packet):
+            return 0
+        values = [(arg, shape_only(arg)) for arg in node.all_input_nodes]
+        weights = [value for arg, value in values if WEIGHT in arg.meta and isinstance(value, torch.Tensor)]
+        others = [value for arg, value in values if WEIGHT not in arg.meta and isinstance(value, torch.Tensor)]
+        output = tree_map(shape_only, node.meta.get("val"))
+        return custom_product_flops(others[0], weights, output) if others and weights else 0
     args, kwargs = tree_map(shape_only, (tuple(node.args), dict(node.kwargs)))
     return int(formula(*args, **kwargs, out_val=tree_map(shape_only, node.meta.get("val"))))
 

@@ -28,8 +28,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..kernels import grouped_linear  # noqa: F401 - registers the op
 from ..kernels.operands import DTYPES
-from .facts import WEIGHT, aten, packet, prims, tensor_value
+from .facts import aten, packet, prims, tensor_value
 from .guard import CACHE, copy_graph, emit, with_graph
+from .names import WEIGHT
 from .specialize import remove_dead_code
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+#: Key in a placeholder's metadata that marks it as a parameter or buffer; the value is its qualified name.
+WEIGHT = "smoothcache_weight"
+
 
 def common_module(parameter_names: Iterable[str]) -> str:
     """The deepest module path that holds all the parameters: ``blocks.0.attn`` for its ``qkv`` and ``proj``."""

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .facts import WEIGHT, aten, packet, tensor_value
+from .facts import aten, packet, tensor_value
 from .flops import count_flops
 from .guard import copy_graph, with_graph
+from .names import WEIGHT
 from .specialize import remove_dead_code
 
 log = logging.getLogger(__name__)

@@ -27,9 +27,9 @@ from .branches import (
     start_from_each_other,
     walk_back_to_output,
 )
-from .facts import WEIGHT, GraphFacts, frame_path, module_path, source_line, tensor_value
+from .facts import GraphFacts, frame_path, module_path, source_line, tensor_value
 from .flops import concrete, count_flops
-from .names import common_module, drop_components, group_of, unique_names
+from .names import WEIGHT, common_module, drop_components, group_of, unique_names
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,9 +19,8 @@ from .calls import CurrentCall, ModelCall, StepClock
 from .errors import ScheduleError
 from .inner import CompileVariant, InnerCompiler
 from .passes import container_of, replace_writes, work_outside
-from .passes.facts import WEIGHT
 from .passes.guard import placeholders
-from .passes.names import common_module, drop_components, group_of, unique_names
+from .passes.names import WEIGHT, common_module, drop_components, group_of, unique_names
 from .program import Binding, Dispatcher, GuardedProgram, Plan, SiteInfo, make_plan, picker
 from .schedule import KINDS, Schedule
 

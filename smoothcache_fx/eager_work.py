@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -11,12 +12,27 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .passes.flops import SDPA, sdpa_flops
+from .passes.flops import PRODUCTS_WITHOUT_FORMULA, SDPA, custom_product_flops, is_custom, sdpa_flops
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, with our formula for fused attention."""
-    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(SDPA, _sdpa_flops))
+    """PyTorch's counter, with our formulas beside its own."""
+    formulas = dict.fromkeys(SDPA, _sdpa_flops) | dict.fromkeys(PRODUCTS_WITHOUT_FORMULA, _product_flops)
+    return _FlopCounter(display=False, custom_mapping=formulas)
+
+
+class _FlopCounter(FlopCounterMode):
+    """Counts custom ops that are linear layers, too."""
+
+    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        if is_custom(func_packet) and func_packet not in self.flop_registry:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            weights = [value for value in tensors if isinstance(value, torch.nn.Parameter)]
+            others = [value for value in tensors if not isinstance(value, torch.nn.Parameter)]
+            flops = custom_product_flops(others[0], weights, out) if others and weights else 0
+            for parent in set(self.mod_tracker.parents):
+                self.flop_counts[parent][func_packet] += flops
+        return super()._count_flops(func_packet, out, args, kwargs)
 
 
 def flops_by_container(model: nn.Module, call: Callable[[], object]) -> Counter[str]:
@@ -56,3 +72,7 @@ def _count(block: nn.Module, container: str, counter: FlopCounterMode, counted: 
 
 def _sdpa_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return sdpa_flops(query, key, value)
+
+
+def _product_flops(left: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * math.prod(out_shape) * left[-1]

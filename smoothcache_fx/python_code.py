@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .passes.facts import WEIGHT, module_path, source_line
+from .passes.facts import module_path, source_line
 from .passes.guard import CACHE, DECISION, SITE, SLOT, WEIGHTS
+from .passes.names import WEIGHT
 
 #: Where a file of constants lies, beside the Python file.
 CONSTANTS = "constants.pt"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from smoothcache_fx.passes import count_flops
+from smoothcache_fx.passes.names import WEIGHT
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.utils.flop_counter import flop_registry
+
+from smoothcache_fx.eager_work import flop_counter
 
 aten = torch.ops.aten
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 16, 24, 8
@@ -71,6 +74,57 @@ def test_products(name):
             out=torch.empty(ROWS, COLUMNS, device="cuda"),
         )
     assert count_flops(graph) == 2 * ROWS * INNER * COLUMNS
+
+
+@torch.library.custom_op("flops_test::packed_linear", mutates_args=())
+def packed_linear(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Two weights of four bits in a byte, as bitsandbytes packs them."""
+    return x.new_ones(*x.shape[:-1], len(scales))
+
+
+@torch.library.custom_op("flops_test::norm", mutates_args=())
+def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * weight
+
+
+@torch.library.custom_op("flops_test::pool", mutates_args=())
+def pool(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.mean(dim=0) * weight[0]
+
+
+for op in (packed_linear, norm, pool):
+    op.register_fake(op._init_fn)
+
+PACKED = torch.zeros(INNER * COLUMNS // 2, 1, dtype=torch.uint8)
+CUSTOM = {
+    "a linear layer": (packed_linear, (PACKED, torch.ones(COLUMNS)), 2 * 2 * ROWS * INNER * COLUMNS),
+    "a norm": (norm, (torch.ones(INNER),), 0),
+    "other rows": (pool, (torch.ones(4 * INNER, INNER),), 0),
+}
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_custom_ops_of_linear_layers(name):
+    """In a graph, and in an eager call."""
+    op, weights, flops = CUSTOM[name]
+    weights = [torch.nn.Parameter(weight, requires_grad=False) for weight in weights]
+    x = torch.randn(2, ROWS, INNER)
+    graph = graph_of(op._opoverload, x, *weights, out=op(x, *weights))
+    assert count_flops(graph) == 0, "nothing says which of them are weights"
+    for placeholder in list(graph.find_nodes(op="placeholder"))[1:]:
+        placeholder.meta[WEIGHT] = "linear.weight"
+    assert count_flops(graph) == flops
+    counter = flop_counter()
+    with counter:
+        op(x, *weights)
+    assert counter.get_total_flops() == flops
+
+
+def test_products_in_an_eager_call():
+    counter = flop_counter()
+    with counter:
+        torch._int_mm(*(torch.ones(shape, dtype=torch.int8) for shape in ((ROWS, INNER), (INNER, COLUMNS))))
+    assert counter.get_total_flops() == 2 * ROWS * INNER * COLUMNS
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from smoothcache_fx.passes import analyze, find_sites
-from smoothcache_fx.passes.facts import MATMULS, WEIGHT, packet
-from smoothcache_fx.passes.names import common_module, group_of, unique_names
+from smoothcache_fx.passes.facts import MATMULS, packet
+from smoothcache_fx.passes.names import WEIGHT, common_module, group_of, unique_names
 from smoothcache_fx.passes.sites import only_needed_by
 from torch import nn
 
