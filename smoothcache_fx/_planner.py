@@ -27,8 +27,9 @@ from ._plans import (
     too_high,
 )
 from ._products import group_matrix
-from ._rows import times_of, whole_number
+from ._rows import times_of
 from ._statistics import combine
+from .checks import whole_number
 from .errors import CalibrationError
 from .schedule import HIGHEST_ORDER, Schedule
 from .site_errors import SiteErrors

@@ -8,7 +8,8 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 
-from .errors import ScheduleError, SmoothCacheError
+from .checks import is_number, numbers_of, scalar
+from .errors import ScheduleError
 
 
 def last_compute(row: Sequence[bool], step: int) -> int:
@@ -36,19 +37,6 @@ def compute_fraction(computed: Mapping[str, int], steps: int, flops: Mapping[str
     if not total:
         return 1.0
     return float(sum(weights[key] * count for key, count in computed.items()) / (steps * total))
-
-
-def whole_number(value: object, name: str, least: int, error: type[SmoothCacheError] = ScheduleError) -> int:
-    """`value` as an int, numpy's and torch's scalars included; raises `error` if it is below `least`."""
-    number = scalar(value)
-    if not isinstance(number, int) or isinstance(number, bool) or number < least:
-        raise error(f"{name} is {value!r}, expected a whole number of at least {least}")
-    return number
-
-
-def scalar(value: object) -> object:
-    """numpy's and torch's scalars as Python's; anything else as it is."""
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
 
 def selector_of(key: object) -> str:
@@ -79,21 +67,6 @@ def row_of(key: str, row: object, steps: int) -> tuple[bool, ...]:
             f"the row of {key!r} reuses at step 0, where nothing has been computed yet; make its first entry 1"
         )
     return tuple(map(bool, values))
-
-
-def numbers_of(
-    numbers: object, name: str, steps: int, error: type[SmoothCacheError] = ScheduleError
-) -> tuple[float, ...]:
-    """`steps` finite floats."""
-    if isinstance(numbers, (str, bytes, Mapping)) or not isinstance(numbers, Iterable):
-        raise error(f"{name} is {numbers!r}, expected a number for each of the {steps} steps, or None")
-    values = [scalar(value) for value in numbers]
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise error(f"{name} has {value!r}, expected finite numbers, such as timesteps")
-    if len(values) != steps:
-        raise error(f"{name} has {len(values)} entries, expected one for each of the {steps} steps")
-    return tuple(map(float, values))
 
 
 def times_of(times: object, steps: int) -> tuple[float, ...]:
@@ -128,6 +101,6 @@ def _weight(key: str, value: object) -> float:
     # A whole number can be too large for a float, and then raises OverflowError where inf is meant.
     if isinstance(number, int) and abs(number) > 10**300:
         number = math.inf
-    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number < math.inf:
+    if not is_number(number) or not 0 <= number < math.inf:
         raise ScheduleError(f"flops of {key!r} is {value!r}, expected a finite number of at least 0")
     return float(number)

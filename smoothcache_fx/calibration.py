@@ -18,9 +18,9 @@ from ._files import check_header, read_object
 from ._html import calibration_html
 from ._planner import optimal_rows, warn_if_behind
 from ._plans import predicted_error
-from ._rows import numbers_of, scalar, whole_number
 from ._solve import alpha_for, scan
 from ._statistics import Moments, combine, half_width
+from .checks import flag, instance, number_of, numbers_of, whole_number
 from .errors import CalibrationError
 from .schedule import Schedule
 from .site_errors import SiteErrors
@@ -186,6 +186,12 @@ class Calibration:
             raise CalibrationError(f"solver is {solver!r}, expected 'greedy' or 'optimal'")
         if (alpha is None) == (compute is None):
             raise CalibrationError(f"alpha is {alpha} and compute is {compute}; give exactly one of them")
+        if keep_last is not None:
+            keep_last = flag(keep_last, "keep_last")
+        if alpha is not None:
+            expected = "a number of at least 0, such as 0.18"
+            if number_of(alpha, "alpha", expected, CalibrationError) < 0:
+                raise CalibrationError(f"alpha is {alpha!r}, expected {expected}")
         if max_variants is not None:
             max_variants = whole_number(max_variants, "max_variants", 2, CalibrationError)
         if solver == "optimal" and compute is None:
@@ -221,10 +227,7 @@ class Calibration:
                 flops = self._flops()
                 weights = flops and {" + ".join(c): sum(flops[group] for group in c) for c in clusters}
                 threshold = alpha_for(errors, self._share_of_flops(compute), weights, keep_last)
-            number = scalar(threshold)
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not number >= 0:
-                raise CalibrationError(f"alpha is {alpha!r}, expected a number of at least 0, such as 0.18")
-            found = [scan(error, number, keep_last) for error in errors.values()]
+            found = [scan(error, threshold, keep_last) for error in errors.values()]
             if max_variants is None or variants_of(found) <= max_variants:
                 return {group: row for cluster, row in zip(clusters, found, strict=True) for group in cluster}
             clusters = joined(clusters, found)
@@ -239,6 +242,7 @@ class Calibration:
             CalibrationError: if the calibration was made without ``order`` or for lower ones, the steps differ, or
                 groups have rows of their own.
         """
+        instance(schedule, "schedule", Schedule, "Calibration.schedule or Schedule.uniform makes one")
         return predicted_error(self, schedule)
 
     def alpha_for(self, compute: float, *, keep_last: bool = True) -> float:
@@ -249,15 +253,16 @@ class Calibration:
         Raises:
             CalibrationError: if `compute` is not in (0, 1], or no alpha meets it (says the least possible).
         """
-        number = self._share_of_flops(compute)
+        budget = self._share_of_flops(compute)
         errors = {group: self.error(group) for group in self.groups}
-        return alpha_for(errors, number, self._flops(), keep_last)
+        return alpha_for(errors, budget, self._flops(), flag(keep_last, "keep_last"))
 
     def _share_of_flops(self, compute: object) -> float:
-        number = scalar(compute)
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= 1:
-            raise CalibrationError(f"compute is {compute!r}, expected a share of FLOPs, above 0 and up to 1")
-        return float(number)
+        expected = "a share of FLOPs, above 0 and up to 1"
+        share = number_of(compute, "compute", expected, CalibrationError)
+        if not 0 < share <= 1:
+            raise CalibrationError(f"compute is {compute!r}, expected {expected}")
+        return share
 
     def merge(self, other: Calibration) -> Calibration:
         """The observations of both, for calibrations of one model with the same steps and lags.

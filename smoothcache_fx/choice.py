@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._plans import even_row, every_nth_row, joint_plan
-from ._rows import scalar
 from .calibration import Calibration
+from .checks import function, instance, number_of, some_of, whole_number
 from .comparison import Metric, as_vector, psnr
 from .compiler import compile, remove
 from .errors import CalibrationError
@@ -118,11 +118,18 @@ def choose(
     """
     if (compute is None) == (at_least is None):
         raise CalibrationError(f"compute is {compute} and at_least is {at_least}; give exactly one of them")
-    wanted = scalar(compute if at_least is None else at_least)
-    if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or math.isnan(wanted):
-        raise CalibrationError(f"compute or at_least is {wanted!r}, expected a number")
-    if not orders or any(order not in range(HIGHEST_ORDER + 1) for order in orders):
-        raise CalibrationError(f"orders are {orders!r}, expected some of 0, 1 and 2")
+    name, given = ("compute", compute) if at_least is None else ("at_least", at_least)
+    wanted = number_of(given, name, "a number", CalibrationError)
+    function(sample, "sample", "the model or pipeline that runs it")
+    if metric is not None:
+        function(metric, "metric", "the uncached and the cached samples")
+    orders = some_of(orders, "orders", range(HIGHEST_ORDER + 1), CalibrationError)
+    if not orders:
+        raise CalibrationError("orders is empty, expected some of 0, 1 and 2")
+    probes = whole_number(probes, "probes", 1, CalibrationError)
+    trajectories = whole_number(trajectories, "trajectories", 1, CalibrationError)
+    if calibration is not None:
+        instance(calibration, "calibration", Calibration, "calibrate makes one, and Calibration.load reads it")
     before = probes + 2 if calibration is None else 1
     if not trajectories > before:
         raise CalibrationError(

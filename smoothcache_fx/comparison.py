@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from .checks import function, instance, whole_number
 from .compiler import compile, remove
 from .errors import SmoothCacheError
 from .forward import ForwardPlace, compiled_forwards
@@ -160,8 +161,12 @@ def compare(
     if len({schedule.steps for schedule in named.values()}) > 1:
         steps = ", ".join(f"{name}: {schedule.steps}" for name, schedule in named.items())
         raise ValueError(f"the schedules have different numbers of steps ({steps}): compare those of one sampler")
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    rounds = whole_number(rounds, "rounds", 1, SmoothCacheError)
+    function(sample, "sample", "the model or pipeline that runs it")
+    if metrics is not None:
+        instance(metrics, "metrics", Mapping, "functions of the uncached and the cached samples, by name")
+        for name, metric in metrics.items():
+            function(metric, f"metrics[{name!r}]", "the uncached and the cached samples")
 
     everything = Schedule.uniform(next(iter(named.values())).steps, 1)
     turns: list[_Turn] = []

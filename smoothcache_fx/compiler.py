@@ -11,8 +11,9 @@ import torch
 
 from .backend import Session
 from .calls import StepClock
+from .checks import flag, instance, whole_number
 from .clock import Clock
-from .errors import CompiledError
+from .errors import CompiledError, SmoothCacheError
 from .forward import CompiledForward, ForwardPlace, compiled_forwards, forward_of
 from .inner import InnerCompiler, inner_compiler
 from .pipelines import denoisers, follow_cache_context, is_pipeline
@@ -78,8 +79,14 @@ def compile(
             f"schedule must be a smoothcache Schedule, got {type(schedule).__name__}; "
             "make one with Schedule(...), Schedule.uniform(...) or calibration.schedule(...)"
         )
-    if calls_per_step is not None and (not isinstance(calls_per_step, int) or calls_per_step < 1):
-        raise ValueError(f"calls_per_step must be a positive number of model calls, got {calls_per_step!r}")
+    if calls_per_step is not None:
+        calls_per_step = whole_number(calls_per_step, "calls_per_step", 1, SmoothCacheError)
+    if mode is not None:
+        instance(mode, "mode", str, "one of torch.compile's, such as 'reduce-overhead'")
+    if options is not None:
+        instance(options, "options", Mapping, "torch.compile's options, by name")
+    fullgraph = flag(fullgraph, "fullgraph")
+    dynamic = None if dynamic is None else flag(dynamic, "dynamic")
     _tell_variants(schedule)
     settings = {"backend": backend, "mode": mode, "dynamic": dynamic, "fullgraph": fullgraph, "options": options}
     if not is_pipeline(model_or_pipeline):

@@ -17,6 +17,7 @@ from . import _torch
 from .backend import Program, Session, breaks_of, share_outside
 from .build import GraphBuilder
 from .calls import ModelCall
+from .checks import instance
 from .clock import Clock
 from .dumping import write_session
 from .errors import CompiledError
@@ -184,6 +185,8 @@ def explain(model_or_pipeline: Any, *args: Any, schedule: Schedule | None = None
         found = {name: explain(model, *a, schedule=schedule, **k) for name, (model, a, k) in calls.items()}
         return next(iter(found.values())) if len(found) == 1 else _together(found)
     model = model_or_pipeline
+    if schedule is not None:
+        instance(schedule, "schedule", Schedule, "Calibration.schedule or Schedule.uniform makes one")
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module or a pipeline, got {type(model).__name__}")
     check_inference(model, args, kwargs)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ._rows import scalar, whole_number
 from ._selectors import KINDS
+from .checks import is_number, scalar, some_of, whole_number
 from .errors import ScheduleError
 from .schedule import Schedule
 
@@ -209,9 +209,7 @@ def taylor_seer(
     before = whole_number(compute_before, "compute_before", least=1)
     after = steps if compute_from is None else whole_number(compute_from, "compute_from", least=0)
     row = [step < before or (step - before - 1) % interval == 0 or step >= after for step in range(steps)]
-    if unknown := sorted(set(kinds) - set(KINDS)):
-        raise ScheduleError(f"kinds has {unknown}, expected some of {', '.join(KINDS)}")
-    return Schedule(steps, dict.fromkeys(kinds, row), order=order)
+    return Schedule(steps, dict.fromkeys(some_of(kinds, "kinds", KINDS), row), order=order)
 
 
 def _routers(path: str | PathLike[str]) -> list[torch.Tensor]:
@@ -259,7 +257,7 @@ def _logits(value: Any, key: str, first: Any) -> torch.Tensor:
 
 
 def _templates(names: Sequence[str]) -> tuple[str, str]:
-    right = not isinstance(names, str) and len(names) == 2 and all(isinstance(n, str) and BLOCK in n for n in names)
+    right = isinstance(names, Sequence) and len(names) == 2 and all(isinstance(n, str) and BLOCK in n for n in names)
     if not right or names[0] == names[1]:
         raise ScheduleError(
             f"names is {names!r}, expected two selectors, of attention and feed-forward, each with {BLOCK} for the "
@@ -312,4 +310,4 @@ def _number(value: Any, name: str, low: float, high: float) -> float:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)

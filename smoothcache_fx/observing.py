@@ -13,6 +13,7 @@ import torch
 
 from ._replay import copied
 from .calls import Call, ModelCall, StepClock, TimestepReader
+from .checks import flag, whole_number
 from .clock import Clock
 from .compiler import check_compilable
 from .errors import CalibrationError, SmoothCacheError
@@ -94,7 +95,9 @@ def observing(
     progress: bool,
 ) -> Iterator[Observed[R]]:
     """Observe while the ``with`` lasts. The model is then as it was; what was kept of outputs is freed."""
-    with _progress_bar(progress) as bar, contextlib.ExitStack() as restore:
+    if calls_per_step is not None:
+        calls_per_step = whole_number(calls_per_step, "calls_per_step", 1, CalibrationError)
+    with _progress_bar(flag(progress, "progress")) as bar, contextlib.ExitStack() as restore:
         if not is_pipeline(model_or_pipeline):
             _check_observable(model_or_pipeline)
             clock = Clock(steps, calls_per_step)

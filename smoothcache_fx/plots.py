@@ -5,16 +5,22 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ._html import COMPUTED, REUSED
 from .calibration import Calibration
+from .checks import instance, number_of, sequence
+from .errors import SmoothCacheError
 from .schedule import Schedule
 
 #: Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+FROM = "calibrate makes one, and Calibration.load reads it"
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -31,6 +37,8 @@ def _matplotlib(module: str) -> Any:
 
 def plot_errors(calibration: Calibration, path: str | PathLike[str], *, alphas: tuple[float, ...] = ()) -> None:
     """Draw each group's error over the steps, a line per lag with its 95% interval; alphas as dashed lines."""
+    instance(calibration, "calibration", Calibration, FROM)
+    alphas = tuple(number_of(alpha, "an alpha", "a number", SmoothCacheError) for alpha in sequence(alphas, "alphas"))
     groups = list(calibration.groups)
     figure = new_figure(4.2 * len(groups), 3.4)
     axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)
@@ -66,7 +74,7 @@ def plot_errors(calibration: Calibration, path: str | PathLike[str], *, alphas: 
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("relative L1 error of reuse")
     axes[0][0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(Path(path), dpi=150)
 
 
 def plot_site_errors(calibration: Calibration, path: str | PathLike[str], *, lag: int = 1) -> None:
@@ -75,8 +83,9 @@ def plot_site_errors(calibration: Calibration, path: str | PathLike[str], *, lag
     Raises:
         ValueError: the calibration has no such lag.
     """
-    if not 1 <= lag <= calibration.lags:
-        raise ValueError(f"lag is {lag}, but the calibration has lags 1 to {calibration.lags}")
+    instance(calibration, "calibration", Calibration, FROM)
+    if isinstance(lag, bool) or lag not in range(1, calibration.lags + 1):
+        raise ValueError(f"lag is {lag!r}, but the calibration has lags 1 to {calibration.lags}")
     groups = calibration.groups
     heights = [len(sites) for sites in groups.values()]
     figure = new_figure(8.5, 1.0 + 0.75 * len(groups) + 0.09 * sum(heights))
@@ -92,7 +101,7 @@ def plot_site_errors(calibration: Calibration, path: str | PathLike[str], *, lag
     axes[-1].set_xlabel("denoising step (white: no output so far back)")
     steps_ago = f"{lag} step{'s' if lag > 1 else ''} ago"
     figure.colorbar(image, ax=list(axes), label=f"relative L1 error of\nreusing {steps_ago}")
-    figure.savefig(path, dpi=150)
+    figure.savefig(Path(path), dpi=150)
 
 
 def plot_costs(costs: Sequence[float], path: str | PathLike[str], *, label: str, title: str) -> None:
@@ -105,7 +114,7 @@ def plot_costs(costs: Sequence[float], path: str | PathLike[str], *, label: str,
     axis.set_xlabel("denoising step")
     axis.set_ylabel(label)
     axis.grid(axis="y", alpha=0.25)
-    figure.savefig(path, dpi=150)
+    figure.savefig(Path(path), dpi=150)
 
 
 def plot_schedules(schedules: Mapping[str, Schedule], path: str | PathLike[str]) -> None:
@@ -114,6 +123,8 @@ def plot_schedules(schedules: Mapping[str, Schedule], path: str | PathLike[str])
     Raises:
         ValueError: no schedule selects anything.
     """
+    for name, schedule in instance(schedules, "schedules", Mapping, "schedules by name").items():
+        instance(schedule, f"schedules[{name!r}]", Schedule, "Calibration.schedule or Schedule.uniform makes one")
     rows = [
         (f"{name}\n{selector}", row)
         for name, schedule in schedules.items()
@@ -136,7 +147,7 @@ def plot_schedules(schedules: Mapping[str, Schedule], path: str | PathLike[str])
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.tick_params(left=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(Path(path), dpi=150)
 
 
 def plot_frontier(points: Sequence[tuple[str, float, float, float]], path: str | PathLike[str]) -> None:
@@ -173,7 +184,7 @@ def plot_frontier(points: Sequence[tuple[str, float, float, float]], path: str |
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("PSNR to the uncached sample (dB)")
     axes[1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(Path(path), dpi=150)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

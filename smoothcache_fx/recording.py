@@ -14,6 +14,7 @@ from ._products import Products
 from ._replay import EffectSums
 from .calibration import Calibration
 from .calls import StepClock
+from .checks import function, scalar, whole_number
 from .clock import agreed
 from .errors import CalibrationError
 from .observing import observing
@@ -78,16 +79,14 @@ def calibrate(
         NoSitesError: the model has no residual branch.
         CompiledError: the model is compiled, in training mode, or an input requires gradients.
     """
-    for name, value in (
-        ("lags", lags),
-        ("rounds", rounds),
-        ("calls_per_step", 1 if calls_per_step is None else calls_per_step),
-        ("steps", 1 if steps is None else steps),
-    ):
-        if not isinstance(value, int) or value < 1:
-            raise CalibrationError(f"{name} must be a positive whole number, got {value!r}")
-    if order is not None and order not in range(HIGHEST_ORDER + 1):
+    function(sample, "sample", "the model or pipeline that runs it")
+    lags = whole_number(lags, "lags", 1, CalibrationError)
+    rounds = whole_number(rounds, "rounds", 1, CalibrationError)
+    steps = None if steps is None else whole_number(steps, "steps", 1, CalibrationError)
+    order = scalar(order)
+    if isinstance(order, bool) or (order is not None and order not in range(HIGHEST_ORDER + 1)):
         raise CalibrationError(f"order is {order!r}, expected 0, 1 or 2, or None for the paper's rule alone")
+    device = None if history_device is None else _device(history_device)
     if callable(schedule):
         along = functools.partial(
             calibrate,
@@ -107,7 +106,6 @@ def calibrate(
             "calibration, or None"
         )
     farthest = 0 if order is None else reach(lags, order)
-    device = None if history_device is None else torch.device(history_device)
     metadata = {"model": type(model_or_pipeline).__name__}
 
     def recorder(model: torch.nn.Module, clock: StepClock) -> Recorder:
@@ -121,6 +119,15 @@ def calibrate(
     recorder_bytes = sum(recorder.history_bytes for recorder in observed.recorders)
     log.info("calibration kept %.1f MiB of outputs", recorder_bytes / 2**20)
     return _gather(observed.recorders, total, metadata, agreed(observed.sequences(), total))
+
+
+def _device(wanted: torch.device | str) -> torch.device:
+    try:
+        return torch.device(wanted)
+    except (RuntimeError, TypeError) as error:
+        raise CalibrationError(
+            f"history_device is {wanted!r}, expected a device such as 'cpu' or 'cuda:0', or None for the model's own"
+        ) from error
 
 
 def _settled(along: Callable[..., Calibration], plan: Callable[[Calibration], Schedule], rounds: int) -> Calibration:

@@ -14,8 +14,9 @@ from typing import Any
 from ._clusters import variants_of
 from ._files import check_header, read_object
 from ._html import schedule_html
-from ._rows import compute_fraction, last_compute, numbers_of, row_of, selector_of, times_of, weights_of, whole_number
+from ._rows import compute_fraction, last_compute, row_of, selector_of, times_of, weights_of
 from ._selectors import KINDS, SiteLike, specificity
+from .checks import numbers_of, some_of, whole_number
 from .errors import ScheduleError
 
 __all__ = ["KINDS", "Schedule", "last_compute"]
@@ -165,11 +166,8 @@ class Schedule:
         """
         steps = whole_number(steps, "steps", least=1)
         interval = whole_number(interval, "interval", least=1)
-        unknown = [kinds] if isinstance(kinds, str) else [kind for kind in kinds if kind not in KINDS]
-        if unknown:
-            raise ScheduleError(f"kinds has {unknown}, expected a sequence of some of {', '.join(KINDS)}")
         row = tuple(step % interval == 0 for step in range(steps))
-        return cls(steps, dict.fromkeys(kinds, row))
+        return cls(steps, dict.fromkeys(some_of(kinds, "kinds", KINDS), row))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the schedule as JSON, one line per row; `load` gives an equal schedule back."""

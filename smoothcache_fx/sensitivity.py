@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .calibration import ALL, Calibration
 from .calls import StepClock
+from .checks import flag, function, instance, whole_number
 from .comparison import as_vector, relative_l2
 from .errors import CalibrationError
 from .observing import observing
@@ -69,12 +70,14 @@ def measure_sensitivity(
         CalibrationError: the trajectories have other steps than the calibration's, the samples cannot be compared or
             come out different without a cause, or the calibration was made without ``order``.
     """
+    function(sample, "sample", "the model or pipeline that runs it")
+    instance(calibration, "calibration", Calibration, "calibrate makes one, and Calibration.load reads it")
+    groups = flag(groups, "groups")
     if calibration.effects is None:
         raise CalibrationError(
             "the calibration was made without order: calibrate(..., order=1) measures what this needs"
         )
-    if not isinstance(probes, int) or probes < 1:
-        raise CalibrationError(f"probes must be a positive whole number, got {probes!r}")
+    probes = whole_number(probes, "probes", 1, CalibrationError)
     steps = calibration.steps
     probed = sorted({round(step) for step in np.linspace(1, steps - 1, min(probes, steps - 1))})
     targets: list[str | None] = [None, *calibration.groups] if groups else [None]

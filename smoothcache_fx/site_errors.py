@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._products import Products
-from ._rows import scalar
 from ._statistics import Moments, combine
+from .checks import is_number, scalar
 from .errors import CalibrationError
 
 
@@ -46,7 +46,7 @@ class SiteErrors:
             if not isinstance(getattr(self, field), str) or not getattr(self, field):
                 raise CalibrationError(f"a site's {field} is {getattr(self, field)!r}, expected a string")
         flops = scalar(self.flops)
-        if not isinstance(flops, (int, float)) or isinstance(flops, bool) or not 0 <= flops < math.inf:
+        if not is_number(flops) or not 0 <= flops < math.inf:
             raise CalibrationError(
                 f"flops of site {self.name!r} is {self.flops!r}, expected a finite number of at least 0"
             )

@@ -93,7 +93,7 @@ def test_everything_is_computed_where_nothing_else_is_good_enough(model):
         ({}, "exactly one"),
         ({"compute": 0.5, "at_least": 30.0}, "exactly one"),
         ({"compute": "half"}, "expected a number"),
-        ({"compute": 0.5, "orders": (3,)}, "orders are"),
+        ({"compute": 0.5, "orders": (3,)}, "orders has"),
         ({"compute": 0.5, "trajectories": 6}, "none is left"),
     ],
 )

@@ -176,7 +176,7 @@ def test_what_is_printed_written_and_drawn(model, tmp_path):
         ({}, {}, TypeError, "expected a Schedule, or several by name"),
         ([SCHEDULES["half"]], {}, TypeError, "expected a Schedule"),
         ({"a": SCHEDULES["half"], "b": Schedule(3, {})}, {}, ValueError, r"a: 6, b: 3"),
-        (SCHEDULES, {"rounds": 0}, ValueError, "at least 1, got 0"),
+        (SCHEDULES, {"rounds": 0}, ValueError, "rounds is 0"),
         (Schedule(STEPS, {"encoder.*": ROW}), {}, ScheduleError, "has no such site"),
     ],
 )

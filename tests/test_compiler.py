@@ -268,7 +268,7 @@ def test_no_site_says_what_was_looked_at():
     ("arguments", "error", "message"),
     [
         ({"schedule": [1, 0]}, TypeError, "schedule must be a smoothcache Schedule, got list"),
-        ({"calls_per_step": 0}, ValueError, "calls_per_step must be a positive number"),
+        ({"calls_per_step": 0}, ValueError, "calls_per_step is 0, expected a whole number"),
         ({"backend": "no_such_backend"}, Exception, "no_such_backend"),
         ({"backend": "smoothcache"}, ValueError, "cannot be 'smoothcache' itself"),
         ({"backend": torch.compile}, TypeError, "name of an inner compiler"),

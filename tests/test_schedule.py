@@ -397,7 +397,7 @@ def test_misuse_of_the_constructor(arguments, message):
         ((9, 0), "interval is 0"),
         ((9, 1.5), r"interval is 1\.5"),
         ((9, 2, ["attn", "mlp"]), r"kinds has \['mlp'\], expected .*cross_attn"),
-        ((9, 2, "attn"), r"kinds has \['attn'\], expected a sequence"),
+        ((9, 2, "attn"), r"kinds is 'attn', expected a sequence"),
     ],
 )
 def test_misuse_of_uniform(arguments, message):

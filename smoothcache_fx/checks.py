@@ -1,0 +1,93 @@
+"""Checks of arguments: each returns the value as it is used, or raises an error with what was got and expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from .errors import ScheduleError, SmoothCacheError
+
+T = TypeVar("T")
+
+
+def scalar(value: object) -> object:
+    """numpy's and torch's scalars as Python's; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an int or a float, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def whole_number(value: object, name: str, least: int, error: type[SmoothCacheError] = ScheduleError) -> int:
+    """``value`` as an int, numpy's and torch's scalars included; raises ``error`` if it is below ``least``."""
+    number = scalar(value)
+    if not isinstance(number, int) or isinstance(number, bool) or number < least:
+        raise error(f"{name} is {value!r}, expected a whole number of at least {least}")
+    return number
+
+
+def number_of(value: object, name: str, expected: str, error: type[SmoothCacheError] = ScheduleError) -> float:
+    """``value`` as a float that is not NaN, numpy's and torch's scalars included; ``expected`` says what it may be."""
+    found = scalar(value)
+    if not is_number(found) or math.isnan(found):
+        raise error(f"{name} is {value!r}, expected {expected}")
+    return float(found)
+
+
+def numbers_of(
+    numbers: object, name: str, steps: int, error: type[SmoothCacheError] = ScheduleError
+) -> tuple[float, ...]:
+    """``steps`` finite floats."""
+    if isinstance(numbers, (str, bytes, Mapping)) or not isinstance(numbers, Iterable):
+        raise error(f"{name} is {numbers!r}, expected a number for each of the {steps} steps, or None")
+    values = [scalar(value) for value in numbers]
+    for value in values:
+        if not is_number(value) or not math.isfinite(value):
+            raise error(f"{name} has {value!r}, expected finite numbers, such as timesteps")
+    if len(values) != steps:
+        raise error(f"{name} has {len(values)} entries, expected one for each of the {steps} steps")
+    return tuple(map(float, values))
+
+
+def flag(value: object, name: str) -> bool:
+    """``value`` if it is a bool, numpy's included; raises ``TypeError`` for what merely counts as true or false."""
+    found = scalar(value)
+    if not isinstance(found, bool):
+        raise TypeError(f"{name} is {value!r}, expected True or False")
+    return found
+
+
+def instance(value: Any, name: str, kind: type[T], how: str) -> T:
+    """``value`` if it is a ``kind``; raises ``TypeError`` that says ``how`` to get one."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a {kind.__name__}: {how}")
+    return value
+
+
+def function(value: Any, name: str, of: str) -> Any:
+    """``value`` if it can be called; raises ``TypeError`` that says what it is a function of."""
+    if not callable(value):
+        raise TypeError(f"{name} is {value!r}, expected a function of {of}")
+    return value
+
+
+def sequence(values: Any, name: str) -> list[Any]:
+    """The values as a list; raises ``TypeError`` for one value, a string among them."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} is {values!r}, expected a sequence")
+    return list(values)
+
+
+def some_of(values: object, name: str, known: Sequence[T], error: type[SmoothCacheError] = ScheduleError) -> list[T]:
+    """The values, each of which must be one of ``known``."""
+    listed = f"some of {', '.join(map(str, known))}"
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise error(f"{name} is {values!r}, expected a sequence of {listed}")
+    found = [scalar(value) for value in values]
+    unknown = [value for value in found if isinstance(value, bool) or value not in known]
+    if unknown:
+        raise error(f"{name} has {unknown}, expected a sequence of {listed}")
+    return found
