@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from .explain import Explanation
     from .schedule import Schedule
 
-#: Thresholds of the demo's schedules, which compute about a half to a third of the branches' FLOPs.
-DEMO_ALPHAS = (0.08, 0.12, 0.18)
-QUICK_ALPHAS = (0.3,)
+#: Thresholds and budgets of the demo's schedules, which compute about the same: a half to a third of the FLOPs.
+DEMO_ALPHAS, DEMO_BUDGETS = (0.08, 0.12, 0.18), (0.5, 0.36, 0.28)
+QUICK_ALPHAS, QUICK_BUDGETS = (0.3,), (0.4,)
 PROGRESS = "say every few seconds on stderr which step runs (if that is a terminal)"
 FACTORY = "MODULE:FACTORY, or path/to/file.py:FACTORY: called without arguments, it returns"
 
@@ -62,9 +62,10 @@ def parser() -> argparse.ArgumentParser:
         "calibrate, schedule, compile and sample a small trained DiT, and measure all of it",
         "demo --alphas 0.1 0.2 --output results",
     )
-    demo.add_argument("--quick", action="store_true", help="20 steps and one alpha")
+    demo.add_argument("--quick", action="store_true", help="20 steps, one alpha and one budget")
     demo.add_argument("--samples", type=int, default=120, help="images per configuration, in batches of 40 (120)")
-    demo.add_argument("--alphas", type=float, nargs="+", metavar="ALPHA", help="thresholds")
+    demo.add_argument("--alphas", type=float, nargs="+", metavar="ALPHA", help="thresholds of the paper's rule")
+    demo.add_argument("--compute", type=float, nargs="+", metavar="SHARE", help="shares of the branches' FLOPs")
     demo.add_argument("--steps", type=int, help="denoising steps (50)")
     demo.add_argument("--backend", default="inductor", help="inner compiler (inductor)")
     demo.add_argument("--output", type=Path, default=Path("smoothcache-demo"), help="folder for what is written")
@@ -250,11 +251,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _demo(options: argparse.Namespace) -> None:
     from .demo.run import run_demo
 
-    alphas, steps = (QUICK_ALPHAS, 20) if options.quick else (DEMO_ALPHAS, 50)
+    alphas, budgets, steps = (QUICK_ALPHAS, QUICK_BUDGETS, 20) if options.quick else (DEMO_ALPHAS, DEMO_BUDGETS, 50)
     run_demo(
         options.output,
         samples=options.samples,
         alphas=tuple(options.alphas or alphas),
+        budgets=tuple(options.compute or budgets),
         steps=steps if options.steps is None else options.steps,
         backend=options.backend,
         say=lambda line: print(line, flush=True),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..calibration import Calibration
-from ..comparison import WIDE, spread_of
+from ..comparison import WIDE, psnr, spread_of
 from ..compiler import compile
 from ..plots import new_figure, plot_errors, plot_schedules, plot_site_errors
 from ..recording import calibrate
@@ -32,7 +32,7 @@ from .weights import load_model
 
 #: Images sampled at a time, as many of each digit, with twice as many in the model for guidance.
 BATCH = 40
-EAGER = "eager"
+EAGER, COMPILED = "eager", "torch.compile"
 #: Batches of each configuration at least, which take turns: one alone would not show how far times spread.
 ROUNDS = 3
 
@@ -48,13 +48,17 @@ class Configuration:
     mac_ratio: float
     images: list[Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    psnr: float | None = None
     accuracy: float | None = None
     distance: float | None = None
 
 
 @dataclass
 class Row:
-    """A line of the demo's table; eager mode is there for its time, so its samples are not judged."""
+    """A line of the demo's table; eager mode is there for its time, so its samples are not judged.
+
+    ``psnr`` is the median over the images, in dB, to those of ``torch.compile`` from the same noise.
+    """
 
     name: str
     steps: int
@@ -63,6 +67,7 @@ class Row:
     speedup_over_compile: float
     speedup_over_eager: float
     spread: float
+    psnr: float | None
     accuracy: float | None
     frechet_distance: float | None
 
@@ -78,6 +83,7 @@ def run_demo(
     *,
     samples: int = 120,
     alphas: tuple[float, ...],
+    budgets: tuple[float, ...] = (),
     steps: int = 50,
     backend: str = "inductor",
     say: Callable[[str], None],
@@ -87,7 +93,8 @@ def run_demo(
     Args:
         output: folder for the calibration, the schedules, the table and the pictures; made if missing.
         samples: images per configuration, rounded up to whole batches of 40, three at least.
-        alphas: thresholds to derive schedules for.
+        alphas: thresholds of the paper's rule to make schedules for.
+        budgets: shares of the branches' FLOPs to make schedules for.
         steps: denoising steps.
         backend: inner compiler, for the plain and the cached model alike.
         say: gets each line for the user.
@@ -102,21 +109,25 @@ def run_demo(
     model = load_model(device)
     say(f"A {len(model.blocks)}-block DiT trained on {len(digits.images)} handwritten digits, on {device}.")
 
-    calibration = calibrate(model, lambda model: calibration_trajectories(model, 10, steps), order=None)
+    calibration = calibrate(model, lambda model: calibration_trajectories(model, 10, steps))
     calibration.save(output / "calibration.json")
     say(str(calibration))
-    schedules = {alpha: calibration.schedule(alpha=alpha) for alpha in alphas}
-    for alpha, schedule in schedules.items():
-        schedule.save(output / f"schedule-alpha-{alpha:g}.json")
-        say(f"\nalpha {alpha:g}\n{schedule}")
+    schedules = {f"alpha {alpha:g}": calibration.schedule(alpha=alpha) for alpha in alphas}
+    schedules |= {f"compute {budget:g}": calibration.schedule(compute=budget) for budget in budgets}
+    for name, schedule in schedules.items():
+        schedule.save(output / f"schedule-{name.replace(' ', '-')}.json")
+        say(f"\n{name}\n{schedule}")
 
     configurations = _configurations(model, schedules, steps, backend, tqdm)
     batches = max(ROUNDS, -(-samples // BATCH))
     _sample_all(configurations, batches, tqdm)
+    uncached = next(torch.cat(c.images) for c in configurations if c.name == COMPILED)
     for configuration in configurations:
         if configuration.name == EAGER:
             continue
         images = torch.cat(configuration.images)
+        if configuration.name != COMPILED:
+            configuration.psnr = statistics.median(map(psnr, uncached, images))
         configuration.accuracy = classifier.accuracy(images, _labels(batches))
         configuration.distance = frechet_distance(images, digits.held_out_images)
     rows = _rows(configurations)
@@ -126,24 +137,25 @@ def run_demo(
         say(f"Unreliable times, rounds more than {WIDE:.0%} apart: {', '.join(wide)}. Is the machine busy?")
     say(
         f"{batches * BATCH} images each; Frechet distance of real digits to held-out real digits {floor:.3f}; "
-        f"the classifier recognises {classifier.held_out_accuracy:.1%} of held-out real digits."
+        f"the classifier recognises {classifier.held_out_accuracy:.1%} of held-out real digits. PSNR: median over the "
+        "images, in dB, to torch.compile's of the same noise."
     )
     _write(output, rows, floor, classifier.held_out_accuracy, batches * BATCH, table(rows))
-    _pictures(output, configurations, calibration, schedules)
+    _pictures(output, configurations, calibration, schedules, alphas)
     say(f"Pictures, schedules and figures are in {output}/")
     return rows
 
 
 def _configurations(
-    model: DiT, schedules: dict[float, Schedule], steps: int, backend: str, tqdm: Any
+    model: DiT, schedules: dict[str, Schedule], steps: int, backend: str, tqdm: Any
 ) -> list[Configuration]:
-    """Uncached in eager mode and compiled, cached for each alpha, and fewer steps at equal compute."""
+    """Uncached in eager mode and compiled, cached by each schedule, and fewer steps at equal compute."""
     plain = copy.deepcopy(model)
     plain.forward = _torch.dynamo_compile(plain.forward, _torch.named_backend(backend))
     everything = f"{steps} {steps}"
     made = [
         Configuration(EAGER, steps, _sampler(model, steps), everything, 1.0),
-        Configuration("torch.compile", steps, _sampler(plain, steps), everything, 1.0),
+        Configuration(COMPILED, steps, _sampler(plain, steps), everything, 1.0),
     ]
     fewer = []
     warm = _labels(1)
@@ -151,12 +163,12 @@ def _configurations(
         for configuration in made:
             sample(model if configuration.name == EAGER else plain, warm, steps=1)
             bar.update()
-        for alpha, schedule in schedules.items():
+        for name, schedule in schedules.items():
             cached = compile(copy.deepcopy(model), schedule, backend=backend)
             sample(cached, warm, steps=steps)
             ratio = report(cached).mac_ratio
             computed = " ".join(str(sum(row)) for row in schedule.compute.values())
-            made.append(Configuration(f"alpha {alpha:g}", steps, _sampler(cached, steps), computed, ratio))
+            made.append(Configuration(name, steps, _sampler(cached, steps), computed, ratio))
             count = max(1, round(steps / ratio))
             fewer.append(
                 Configuration(f"{count} steps", count, _sampler(plain, count), f"{count} {count}", steps / count)
@@ -203,9 +215,10 @@ def _rows(configurations: list[Configuration]) -> list[Row]:
             c.steps,
             c.computed,
             c.mac_ratio,
-            statistics.median(speedups("torch.compile", c)),
+            statistics.median(speedups(COMPILED, c)),
             statistics.median(speedups(EAGER, c)),
-            spread_of(speedups("torch.compile", c)),
+            spread_of(speedups(COMPILED, c)),
+            c.psnr,
             c.accuracy,
             c.distance,
         )
@@ -223,6 +236,7 @@ def table(rows: list[Row]) -> str:
         "x torch.compile",
         "spread",
         "x eager",
+        "PSNR",
         "recognised",
         "Frechet",
     )
@@ -233,8 +247,9 @@ def table(rows: list[Row]) -> str:
             row.computed,
             f"{row.mac_ratio:.2f}",
             f"{row.speedup_over_compile:.2f}",
-            "-" if row.name in (EAGER, "torch.compile") else f"{row.spread:.0%}",
+            "-" if row.name in (EAGER, COMPILED) else f"{row.spread:.0%}",
             f"{row.speedup_over_eager:.2f}",
+            "-" if row.psnr is None else f"{row.psnr:.1f}",
             "-" if row.accuracy is None else f"{row.accuracy:.1%}",
             "-" if row.frechet_distance is None else f"{row.frechet_distance:.3f}",
         )
@@ -260,13 +275,13 @@ def _pictures(
     output: Path,
     configurations: list[Configuration],
     calibration: Calibration,
-    schedules: dict[float, Schedule],
+    schedules: dict[str, Schedule],
+    alphas: tuple[float, ...],
 ) -> None:
-    plot_errors(calibration, output / "errors.png", alphas=tuple(schedules))
+    plot_errors(calibration, output / "errors.png", alphas=alphas)
     plot_site_errors(calibration, output / "sites.png")
-    named = {f"alpha {alpha:g}": schedule for alpha, schedule in schedules.items()}
     fora = Schedule.uniform(calibration.steps, 3, kinds=("attn", "ffn"))
-    plot_schedules(named | {"FORA, every 3rd": fora}, output / "schedules.png")
+    plot_schedules(schedules | {"FORA, every 3rd": fora}, output / "schedules.png")
     shown = [c for c in configurations if c.name != EAGER]
     plot_samples({c.name: c.images[0][:20] for c in shown}, output / "samples.png")
 

@@ -13,6 +13,7 @@ from smoothcache_fx.cli import main
 def test_the_demo_writes_what_it_measured(tmp_path, capsys):
     folder = tmp_path / "out"
     arguments = ["demo", "--steps", "5", "--samples", "1", "--alphas", "0.2", "0.6", "--backend", "eager"]
+    arguments += ["--compute", "0.6"]
     assert main([*arguments, "--output", str(folder)]) == 0
     printed = capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
@@ -26,11 +27,17 @@ def test_the_demo_writes_what_it_measured(tmp_path, capsys):
         row = rows[f"alpha {alpha:g}"]
         assert row["computed"] == " ".join(str(sum(entry)) for entry in schedule.compute.values())
         assert row["name"] in printed and f"{row['accuracy']:.1%}" in printed
+    budget = Schedule.load(folder / "schedule-compute-0.6.json")
+    assert budget == calibration.schedule(compute=0.6)
+    assert rows["compute 0.6"]["computed"] == "3 3" and rows["compute 0.6"]["psnr"] > 20
+    assert f"{rows['compute 0.6']['psnr']:.1f}" in printed
     assert rows["alpha 0.6"]["mac_ratio"] > rows["torch.compile"]["mac_ratio"] == 1.0
     assert rows["torch.compile"]["accuracy"] > 0.9, "even five steps make digits"
     assert rows["torch.compile"]["speedup_over_compile"] == 1.0
     assert rows["eager"]["accuracy"] is None, "sampled for its time alone"
-    assert {"eager", "torch.compile", "alpha 0.2", "alpha 0.6"} < set(rows), "and fewer steps beside them"
+    assert {"eager", "torch.compile", "alpha 0.2", "alpha 0.6", "compute 0.6"} < set(rows), (
+        "and fewer steps beside them"
+    )
     assert results["real_versus_real_frechet_distance"] > 0
     for name in ("samples.png", "errors.png", "sites.png", "schedules.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
