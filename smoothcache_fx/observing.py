@@ -40,6 +40,8 @@ class _ObservedForward:
         self._timestep = TimestepReader(original)
         self._compiled = Traced(original, recorder)
 
+    # The sampler may call the model by way of a torch.compile of its own.
+    @torch.compiler.disable(reason="smoothcache_fx is calibrating this model")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         check_inference(self.model, args, kwargs)
         clock = self.recorder.clock

@@ -212,6 +212,15 @@ def test_a_model_without_sites():
         calibrate(Plain().eval(), sample)
 
 
+def test_a_sampler_that_compiles_the_model_itself(model):
+    """``torch.compile`` on top does not trace what observes the model."""
+    plain = calibrate(model, sample)
+    on_top = torch.compile(model, backend="eager")
+    wrapped = calibrate(model, lambda model: sample(on_top))
+    for ours, theirs in zip(wrapped.sites, plain.sites, strict=True):
+        assert ours.name == theirs.name and np.array_equal(ours.mean, theirs.mean, equal_nan=True)
+
+
 def test_a_progress_bar_is_shown(model, capsys):
     smoothcache.calibrate(model, sample)
     assert "calibrating" in capsys.readouterr().err
