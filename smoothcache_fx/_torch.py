@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import re
 import threading
 import types
@@ -77,6 +78,8 @@ def dynamo_compile(
         options["options"] = {"guard_filter_fn": guard_filter_fn}
     # Frames behind a graph break have code that other calls share: Dynamo tells whose graphs are whose by the backend.
     backend = functools.partial(backend)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not in torch 2.11
+        options["recompile_limit"] = MOST_GRAPHS
     compiled = torch.compile(_with_own_code(forward), backend=backend, **options)
     if not data_dependent_sizes:
         return compiled
@@ -88,6 +91,17 @@ def dynamo_compile(
             return compiled(*args, **kwargs)
 
     return call
+
+
+def refused_while_tracing(error: RuntimeError) -> bool:
+    """Whether Dynamo refused a call because FX was tracing: it does not see that another thread was.
+
+    Waits until nothing is being compiled. False if FX is tracing still, so that it is this thread.
+    """
+    if "symbolically trace a dynamo-optimized function" not in str(error):
+        return False
+    with compile_lock:
+        return not torch.fx._symbolic_trace.is_fx_symbolic_tracing()
 
 
 class _Lifted:

@@ -161,8 +161,9 @@ class CompiledForward:
                 )
             else:
                 log.warning(
-                    "Dynamo ran %s uncompiled and so uncached: TORCH_LOGS=recompiles,graph_breaks says why. If it has "
-                    "hit its recompile limit, raise torch._dynamo.config.recompile_limit",
+                    "Dynamo ran %s uncompiled and so uncached: TORCH_LOGS=recompiles,graph_breaks says why. It does so "
+                    "under torch.compiler.set_stance('force_eager'), and at limits such as "
+                    "torch._dynamo.config.recompile_limit",
                     type(self.model).__name__,
                 )
         self.uncompiled_calls += 1

@@ -83,6 +83,9 @@ class Traced:
                 return self._call(*args, **kwargs)
             except CapturedMeanwhile:
                 log.info("another thread has captured the model meanwhile")
+            except RuntimeError as error:
+                if session.current.call.graphs or not _torch.refused_while_tracing(error):
+                    raise
 
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -92,10 +95,10 @@ class Traced:
             inputs = None
         with _torch.no_recompile_limit():  # other models share the code behind a graph break
             output = self._run(args, kwargs)
-        with self._looking:
-            if not self._tried:  # another thread's first call may have ended before
-                self._tried = True
-                self._look_at_first(inputs)
+            with self._looking:
+                if not self._tried:  # another thread's first call may have ended before
+                    self._tried = True
+                    self._look_at_first(inputs)
         return output
 
     def _look_at_first(self, inputs: tuple[Any, Any] | None) -> None:

@@ -162,10 +162,9 @@ def test_two_models_of_one_class_do_not_share_anything():
 
 def test_a_call_that_dynamo_does_not_compile_is_told(model, caplog):
     smoothcache.compile(model, SCHEDULE, backend="eager", dynamic=False)
-    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
-        model(*inputs(2))
-        model(*inputs(3))
-        model(*inputs(4))
+    run(model, 1)
+    with torch.compiler.set_stance("force_eager"):
+        run(model, 2)
     report = smoothcache.report(model)
     assert report.uncompiled_calls == 2 and "2 of the calls ran uncached" in str(report)
     assert sum("ran Stack uncompiled and so uncached" in record.message for record in caplog.records) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -48,6 +49,32 @@ def test_models_in_threads_of_their_own_are_captured_once_each(backend):
         assert report.graphs == 1 and report.uncompiled_calls == 0 and not report.forced
         for output in outputs:
             torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_fx_tracing_in_another_thread_is_waited_for(elsewhere, monkeypatch):
+    """Dynamo refuses calls while FX traces, in whatever thread; each compilation does, under Dynamo's lock."""
+    model = smoothcache.compile(randomize(Stack(), 0).eval(), SCHEDULE, backend="eager")
+    sample(model, 0)
+    tracing = threading.Event()
+
+    def trace():
+        with _torch.compile_lock, monkeypatch.context() as patch:
+            patch.setattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True)
+            tracing.set()
+            time.sleep(0.5)
+
+    if elsewhere:
+        with ThreadPoolExecutor(1) as threads:
+            done = threads.submit(trace)
+            assert tracing.wait(60)
+            sample(model, 0)
+            done.result()
+        assert smoothcache.report(model).uncompiled_calls == 0
+    else:
+        monkeypatch.setattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True)
+        with pytest.raises(RuntimeError, match="symbolically trace"):
+            sample(model, 0)
 
 
 class Broken(nn.Module):

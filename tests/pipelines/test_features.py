@@ -365,3 +365,25 @@ def test_perturbed_attention_guidance():
     assert difference(plain, expected) >= 1e-3
     report = smoothcache.report(pipe)
     assert report.uncompiled_calls == 0 and not report.forced
+
+
+# Group offloading.
+
+
+@pytest.mark.parametrize("when", ["before", "after a run"])
+def test_group_offloading_of_blocks(when):
+    """Hooks around the blocks break the graph at each: all run the same code, more often than Dynamo captures it."""
+    pipe = sd3()
+    expected = expected_of(SD3, pipe)
+    cpu = torch.device("cpu")
+    offload = {"onload_device": cpu, "offload_device": cpu, "offload_type": "block_level", "num_blocks_per_group": 1}
+    if when == "before":
+        pipe.transformer.enable_group_offload(**offload)
+    smoothcache.compile(pipe, Schedule(STEPS, ROWS), backend="eager")
+    if when == "after a run":
+        run(SD3, pipe, STEPS)
+        pipe.transformer.enable_group_offload(**offload)
+        run(SD3, pipe, STEPS)  # what has changed is seen at its first call
+    for _ in range(2):
+        assert difference(run(SD3, pipe, STEPS), expected) <= 1e-5
+    assert smoothcache.report(pipe).uncompiled_calls == 0
