@@ -147,7 +147,7 @@ def main() -> None:
     for name in names:
         for steps in arguments.steps:
             rows += measure(name, steps)
-            print(table(rows[-len(INTERVALS) * len(METHODS) :]) if len(names) > 1 else "", flush=True)
+            print(f"{name}, {steps} steps: done", file=sys.stderr, flush=True)
     print(table(rows))
     worst = {which: behind(rows, which) for which in ("psnr_calibrated", "psnr_others")}
     print(

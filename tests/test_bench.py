@@ -95,6 +95,14 @@ def test_narrowing_of_the_published_dit(monkeypatch, capsys):
     assert narrowed < 0.5 * reused < 0.005 * full
 
 
+def test_the_default_plan_beside_every_nth_step(monkeypatch, capsys):
+    run_script("first_recipe", "--models demo --steps 5", monkeypatch)
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^demo's digits, Euler +5  [234]  ", printed, re.MULTILINE)) == 3
+    behind = re.findall(r"'psnr_\w+': (-?[\d.]+)", printed)
+    assert len(behind) == 2 and max(map(float, behind)) < 0.1
+
+
 def test_what_is_used_of_torch_cuda_exists():
     """Most of it runs on a GPU alone: a misspelt name would be found there."""
     for folder in ("bench", "smoothcache_fx", "passes", "kernels", "tests"):
