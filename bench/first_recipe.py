@@ -134,15 +134,15 @@ def behind(rows: list[Mapping[str, Any]], which: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="some of the models, by the start of their names")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="some of the models, by name")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 28])
     parser.add_argument("--write", action="store_true", help="write bench/results/first_recipe.json and .md")
     arguments = parser.parse_args()
     logging.getLogger("smoothcache_fx").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    names = [n for n in models(1) if not arguments.models or n.startswith(tuple(arguments.models))]
+    names = [n for n in models(1) if not arguments.models or n in arguments.models]
     if not names:
-        parser.error(f"no model begins with any of {arguments.models}; there are {', '.join(models(1))}")
+        parser.error(f"no model is called {arguments.models}; there are {', '.join(models(1))}")
     rows: list[dict[str, Any]] = []
     for name in names:
         for steps in arguments.steps:

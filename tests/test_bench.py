@@ -96,11 +96,13 @@ def test_narrowing_of_the_published_dit(monkeypatch, capsys):
 
 
 def test_the_default_plan_beside_every_nth_step(monkeypatch, capsys):
-    run_script("first_recipe", "--models demo --steps 5", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["first_recipe.py", "--models", "bare DiT, Euler", "--steps", "4"])
+    monkeypatch.syspath_prepend(str(BENCH))
+    runpy.run_path(str(BENCH / "first_recipe.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert len(re.findall(r"^demo's digits, Euler +5  [234]  ", printed, re.MULTILINE)) == 3
+    assert len(re.findall(r"^bare DiT, Euler +4  [234]  ", printed, re.MULTILINE)) == 3
     behind = re.findall(r"'psnr_\w+': (-?[\d.]+)", printed)
-    assert len(behind) == 2 and max(map(float, behind)) < 0.1
+    assert len(behind) == 2 and max(map(float, behind)) < 1.0
 
 
 def test_what_is_used_of_torch_cuda_exists():
