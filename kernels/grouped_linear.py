@@ -8,10 +8,12 @@ are not copied to lie so: they are read where they lie, by a table of addresses 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ._addresses import address_table
 from ._triton import runs_triton, tl, triton
@@ -103,6 +105,13 @@ def grouped_linear(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: 
 def _(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     _check(inputs, weights, biases)
     return inputs[0].new_empty(len(inputs), inputs[0].shape[0], weights[0].shape[0])
+
+
+@register_flop_formula(torch.ops.smoothcache.grouped_linear)
+def _flops(
+    inputs: Sequence[Sequence[int]], *arguments: object, out_shape: Sequence[int] | None = None, **more: object
+) -> int:
+    return 2 * math.prod(out_shape or ()) * inputs[0][-1]
 
 
 def _launch(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:

@@ -47,7 +47,7 @@ class Traced:
         self._compile = functools.partial(_torch.dynamo_compile, forward, session, **options)
         self._call = self._compile()
         self._tried = self._failed = False
-        #: Held by the thread that looks at the first call, or begins anew.
+        #: Held by the thread that looks at the first call.
         self._looking = threading.RLock()
         #: Sites of the first call, and how often the capture may begin anew because a later one has fewer.
         self._sites, self._again = 0, 3

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from smoothcache_fx.passes import (
     check_graph,
+    count_flops,
     fuse,
     group_linears,
     lowering_for,
@@ -84,6 +85,7 @@ def test_each_block_of_a_dit_embeds_the_timestep_for_itself(backend):
     groups = [node for node in after.graph.nodes if packet(node) is grouped]
     assert [len(node.args[0]) for node in groups] == [DEPTH, DEPTH, 2 * DEPTH]
     assert ops(after)[aten.addmm] == 2
+    assert count_flops(after.graph) == count_flops(merge_equal(before).graph) < count_flops(before.graph)
     activation = aten.silu if backend == "eager" else aten.neg
     assert ops(before)[activation] == 2 * (DEPTH + 1) and ops(after)[activation] == 2
     check_equal(before, after)
