@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from .errors import ScheduleError, SmoothCacheError
 
@@ -16,7 +16,7 @@ def scalar(value: object) -> object:
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether it is an int or a float, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -43,13 +43,14 @@ def numbers_of(
     """``steps`` finite floats."""
     if isinstance(numbers, (str, bytes, Mapping)) or not isinstance(numbers, Iterable):
         raise error(f"{name} is {numbers!r}, expected a number for each of the {steps} steps, or None")
-    values = [scalar(value) for value in numbers]
-    for value in values:
+    values = []
+    for value in map(scalar, numbers):
         if not is_number(value) or not math.isfinite(value):
             raise error(f"{name} has {value!r}, expected finite numbers, such as timesteps")
+        values.append(float(value))
     if len(values) != steps:
         raise error(f"{name} has {len(values)} entries, expected one for each of the {steps} steps")
-    return tuple(map(float, values))
+    return tuple(values)
 
 
 def flag(value: object, name: str) -> bool:
@@ -81,7 +82,9 @@ def sequence(values: Any, name: str) -> list[Any]:
     return list(values)
 
 
-def some_of(values: object, name: str, known: Sequence[T], error: type[SmoothCacheError] = ScheduleError) -> list[T]:
+def some_of(
+    values: object, name: str, known: Sequence[Any], error: type[SmoothCacheError] = ScheduleError
+) -> list[Any]:
     """The values, each of which must be one of ``known``."""
     listed = f"some of {', '.join(map(str, known))}"
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
