@@ -154,7 +154,9 @@ class CompiledForward:
                 log.warning("SMOOTHCACHE_DUMP: the graphs cannot be written: %s: %s", type(error).__name__, error)
 
     def _note_uncached_call(self, call: ModelCall) -> None:
-        if not self.uncompiled_calls:
+        if self.calls == 1 and self._sites():
+            log.info("the first call ran uncached: another way of capture was found after it")
+        elif not self.uncompiled_calls:
             if call.graphs:
                 log.warning(
                     "%s ran with none of its sites, and so uncached.%s", type(self.model).__name__, self._hooks()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import types
@@ -35,6 +36,8 @@ class WholeModule:
         module, forward: the module, and its own forward.
         arguments: by position and by keyword: numbers, strings and None as they are, tensors as ``...``.
         flops, elements: of the call that was recorded: its work, and the elements of its first tensor.
+        columns, grows, dtype: of the output: its last dimension, whether it follows on all of the first tensor's (an
+            embedding's) or stands in place of their last, and its type.
         keys: which tensor attention's keys are computed from; -1 without attention.
     """
 
@@ -47,6 +50,8 @@ class WholeModule:
         arguments: Arguments,
         flops: int,
         elements: int,
+        dimensions: int,
+        output: Tensor,
         keys: int,
     ) -> None:
         self.name = name
@@ -55,13 +60,17 @@ class WholeModule:
         self.arguments = arguments
         self.flops = flops
         self.elements = elements
+        self.columns = output.shape[-1]
+        self.grows = output.ndim > dimensions
+        self.dtype = output.dtype
         self.keys = keys
         self.number = next(_numbers)
         _modules[self.number] = self
 
     def stand_in(self) -> Callable[..., Any]:
         """What takes the forward's place while the model's is captured and runs."""
-        module, forward, arguments, number, keys = self.module, self.forward, self.arguments, self.number, self.keys
+        module, forward, arguments, number = self.module, self.forward, self.arguments, self.number
+        keys = self.keys
 
         def whole(*args: Any, **kwargs: Any) -> Any:
             if not _plain(args, kwargs) or _arguments(args, kwargs) != arguments:
@@ -73,6 +82,10 @@ class WholeModule:
 
         return whole
 
+    def shape_for(self, first: Tensor) -> list[Any]:
+        """The output's shape for a first tensor."""
+        return [*(first.shape if self.grows else first.shape[:-1]), self.columns]
+
     def run(self, inputs: list[Tensor]) -> Tensor:
         rest = iter(inputs)
         positional, named = self.arguments
@@ -80,12 +93,12 @@ class WholeModule:
         kwargs = {name: next(rest) if value is ... else value for name, value in named.items()}
         with _torch.TorchFunction():  # the graph that this is an op of runs without
             output = self.forward(*args, **kwargs)
-        if not _alike(output, inputs[0]):
+        expected = self.shape_for(inputs[0])
+        if not isinstance(output, Tensor) or (list(output.shape), output.dtype) != (expected, self.dtype):
             got = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise CompiledError(
-                f"{self.name} gave {got}, expected what it gave at first, a tensor like its first input: "
-                f"{inputs[0].dtype} {list(inputs[0].shape)}. Call smoothcache.remove(model), and compile it anew for "
-                "such inputs"
+                f"{self.name} gave {got}, expected as at first {self.dtype} {expected}. Call "
+                "smoothcache.remove(model), and compile it anew for such inputs"
             )
         shared = _shares(output, (*inputs, *self.module.parameters()))
         return output.clone(memory_format=torch.contiguous_format) if shared else output.contiguous()
@@ -93,7 +106,7 @@ class WholeModule:
 
 @torch.library.custom_op("smoothcache::whole_module", mutates_args=(), tags=_torch.HOST_SYNC_TAGS)
 def whole_module(inputs: list[Tensor], weights: list[Tensor], number: int, keys: int) -> Tensor:
-    """The output of the module that ``number`` stands for; of the first input's shape and dtype.
+    """The output of the module that ``number`` stands for.
 
     ``weights`` are its parameters: they tell where in the model it is. ``keys`` is for the passes.
     """
@@ -105,7 +118,8 @@ def _(inputs: list[Tensor], weights: list[Tensor], number: int, keys: int) -> Te
     if not inputs[0].is_meta and not isinstance(inputs[0], FakeTensor):
         # Offloaded weights are on the meta device between calls, and the op is dispatched by them.
         return _modules[number].run(inputs)
-    return torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+    module = _modules[number]
+    return inputs[0].new_empty(module.shape_for(inputs[0]), dtype=module.dtype)
 
 
 @register_flop_formula(torch.ops.smoothcache.whole_module)
@@ -132,10 +146,11 @@ def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
-def _alike(output: Any, first: Tensor) -> bool:
-    if not isinstance(output, Tensor):
+def _follows(output: Any, first: Tensor) -> bool:
+    """Whether the output is a tensor with a row for each of the first input's, or for each of its elements."""
+    if not isinstance(output, Tensor) or not output.ndim or output.device != first.device:
         return False
-    return (output.shape, output.dtype, output.device) == (first.shape, first.dtype, first.device)
+    return output.shape[:-1] in (first.shape[:-1], first.shape)
 
 
 def _shares(output: Tensor, inputs: Iterable[Tensor]) -> bool:
@@ -149,14 +164,30 @@ class WholeModules:
         self.modules = modules
         self.names = [module.name for module in modules]
         self._stand_ins = [(module.module, module.stand_in()) for module in modules]
+        self._inside: contextlib.ExitStack | None = None
 
     def __enter__(self) -> None:
+        self._inside = contextlib.ExitStack()
         for module, stand_in in self._stand_ins:
-            module.forward = stand_in
+            self._inside.callback(_put(module, stand_in))
 
     def __exit__(self, *exception: object) -> None:
-        for module, _ in self._stand_ins:
+        if self._inside is not None:
+            self._inside.close()
+
+
+def _put(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Put a forward in a module's place; returns what undoes that. Hooks have put theirs on the instance, too."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+
+    def undo() -> None:
+        if own is None:
             module.__dict__.pop("forward", None)
+        else:
+            module.forward = own
+
+    return undo
 
 
 def record(
@@ -164,7 +195,9 @@ def record(
 ) -> WholeModules | None:
     """The modules that can be kept whole so that the graph does not break inside of them; None if there is none.
 
-    A module can if it takes tensors and constants, writes to no tensor, and gives one tensor like its first.
+    A module can if it takes tensors and constants, writes to no tensor, and gives one tensor. That has a row for each of
+    the first tensor's rows, as a linear's or a norm's, or for each of its elements, as an embedding's. Of modules with
+    hooks those without submodules are kept, else those around them.
 
     Args:
         root: the model, which is none of them.
@@ -172,13 +205,16 @@ def record(
             these are code of, the innermost is kept that can be.
         call: runs the model once, uncompiled, to see what its modules take and give.
     """
+    hooked = {name: root.get_submodule(name) for name in hooked_modules(root)}
+    leaves = {name: module for name, module in hooked.items() if not list(module.children())}
     chains = [*_broken_classes(root, stacks), *_around_hooks(root)]
     broken = {kind for chain in chains for kind in chain}
-    recorded = _record({name: module for name, module in root.named_modules() if type(module) in broken}, call)
-    kept: dict[str, WholeModule] = {}
+    around = {name: module for name, module in root.named_modules() if type(module) in broken and name not in hooked}
+    recorded = _record(around | leaves, call)
+    kept = {name: recorded[name] for name in leaves if name in recorded}
     for chain in chains:
         for kind in chain:
-            if found := {name: whole for name, whole in recorded.items() if type(whole.module) is kind}:
+            if found := {n: whole for n, whole in recorded.items() if n in around and type(whole.module) is kind}:
                 kept |= found
                 break
     # One that contains another would hide its branch.
@@ -235,16 +271,12 @@ def _record(candidates: Mapping[str, nn.Module], call: Callable[[], Any]) -> dic
     watched = {
         name: module
         for name, module in candidates.items()
-        if "forward" not in module.__dict__ and all(type(p.data) is Tensor for p in module.parameters())
+        if all(type(parameter.data) is Tensor for parameter in module.parameters())
     }
-    try:
+    with contextlib.ExitStack() as undo, torch.no_grad():
         for name, module in watched.items():
-            module.forward = _recorder(name, module, recorded)
-        with torch.no_grad():
-            call()
-    finally:
-        for module in watched.values():
-            module.__dict__.pop("forward", None)
+            undo.callback(_put(module, _recorder(name, module, recorded)))
+        call()
     return {name: whole for name, whole in recorded.items() if whole is not None}
 
 
@@ -260,7 +292,7 @@ def _recorder(name: str, module: nn.Module, recorded: dict[str, WholeModule | No
         counter = flop_counter()
         with counter, _SeesAttention(module) as sees:
             output = forward(*args, **kwargs)
-        if not _alike(output, inputs[0]) or not all(map(torch.equal, inputs, before)):
+        if not _follows(output, inputs[0]) or not all(map(torch.equal, inputs, before)):
             recorded[name] = None
             return output
         recorded[name] = WholeModule(
@@ -270,6 +302,8 @@ def _recorder(name: str, module: nn.Module, recorded: dict[str, WholeModule | No
             arguments=_arguments(args, kwargs),
             flops=counter.get_total_flops(),
             elements=inputs[0].numel(),
+            dimensions=inputs[0].ndim,
+            output=output,
             keys=_keys(inputs) if sees.attention else -1,
         )
         return output

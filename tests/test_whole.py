@@ -279,8 +279,8 @@ def test_an_adapter_that_is_put_on_later_is_run():
 
 
 def whole(forward: Callable[..., Tensor]) -> WholeModule:
-    module = nn.Linear(4, 4)
-    return WholeModule("linear", module, forward, arguments=((...,), {}), flops=100, elements=12, keys=-1)
+    call = {"arguments": ((...,), {}), "flops": 100, "elements": 12, "dimensions": 2, "output": torch.empty(3, 4)}
+    return WholeModule("linear", nn.Linear(4, 4), forward, **call, keys=-1)
 
 
 def test_the_op_passes_opcheck():
@@ -288,6 +288,16 @@ def test_the_op_passes_opcheck():
     held = whole(linear)
     weights = [parameter.detach() for parameter in linear.parameters()]
     torch.library.opcheck(whole_module, ([torch.randn(3, 4)], weights, held.number, -1))
+
+
+def test_an_embeddings_output_has_a_row_for_each_element():
+    table = nn.Embedding(5, 4)
+    call = {"arguments": ((...,), {}), "flops": 0, "elements": 6, "dimensions": 2, "output": torch.empty(2, 3, 4)}
+    held = WholeModule("table", table, table, **call, keys=-1)
+    indices = torch.tensor([[0, 4, 2]])
+    weights = [table.weight.detach()]
+    assert torch.equal(whole_module([indices], weights, held.number, -1), table(indices))
+    torch.library.opcheck(whole_module, ([indices], weights, held.number, -1))
 
 
 def test_the_op_gives_memory_of_its_own_in_rows():

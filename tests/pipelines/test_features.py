@@ -387,3 +387,44 @@ def test_group_offloading_of_blocks(when):
     for _ in range(2):
         assert difference(run(SD3, pipe, STEPS), expected) <= 1e-5
     assert smoothcache.report(pipe).uncompiled_calls == 0
+
+
+def sequential_offload(pipe):
+    pytest.importorskip("accelerate").cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
+
+
+def leaf_offload(pipe):
+    cpu = torch.device("cpu")
+    pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
+def layerwise_casting(pipe):
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "hooks"),
+    [
+        ("dit_ddim", sequential_offload),
+        ("dit_ddim", layerwise_casting),
+        ("sd3", layerwise_casting),
+        ("sd3", leaf_offload),
+        ("flux_true_cfg", leaf_offload),
+    ],
+)
+def test_hooks_on_each_layer(name, hooks, caplog):
+    """All branches are cached, attention too, whose block calls the hooked linears itself."""
+    case, twin = CASES[name], CASES[name].make()
+    rows = {kind: [1, 0, 1, 0, 0, 1] for kind in case.branches}
+    if hooks is layerwise_casting:
+        hooks(twin)
+    with cached_by_hand(case, twin, rows):
+        expected = run(case, twin, STEPS)
+    pipe = case.make()
+    hooks(pipe)
+    smoothcache.compile(pipe, Schedule(STEPS, rows), backend="eager")
+    for _ in range(2):
+        assert difference(run(case, pipe, STEPS), expected) <= 1e-5
+    report = smoothcache.report(pipe)
+    assert report.uncompiled_calls <= 1 and all(group.reused for group in report.groups)
+    assert "uncached" not in caplog.text
