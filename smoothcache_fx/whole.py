@@ -195,9 +195,9 @@ def record(
 ) -> WholeModules | None:
     """The modules that can be kept whole so that the graph does not break inside of them; None if there is none.
 
-    A module can if it takes tensors and constants, writes to no tensor, and gives one tensor. That has a row for each of
-    the first tensor's rows, as a linear's or a norm's, or for each of its elements, as an embedding's. Of modules with
-    hooks those without submodules are kept, else those around them.
+    A module can if it takes tensors and constants, writes to no tensor, and gives one tensor. That has a row for each
+    of the first tensor's rows, as a linear's or a norm's, or for each of its elements, as an embedding's. Of modules
+    with hooks those without submodules are kept, else those around them.
 
     Args:
         root: the model, which is none of them.
