@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import math
 import statistics
 import sys
@@ -138,7 +137,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 28])
     parser.add_argument("--write", action="store_true", help="write bench/results/first_recipe.json and .md")
     arguments = parser.parse_args()
-    logging.getLogger("smoothcache_fx").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     names = [n for n in models(1) if not arguments.models or n in arguments.models]
     if not names:

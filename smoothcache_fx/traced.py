@@ -56,7 +56,9 @@ class Traced:
         try:
             return self._later(args, kwargs) if self._tried else self._first(args, kwargs)
         except _torch.BackendFailed as error:
-            raise _capture_error(self._forward, error) from error
+            if (told := _capture_error(self._forward, error)) is None:
+                raise
+            raise told from error
         except (SmoothCacheError, _torch.CompileError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -208,16 +210,14 @@ class Traced:
             self.session.put_back(kept)
 
 
-def _capture_error(forward: Callable[..., Any], error: _torch.BackendFailed) -> BaseException:
-    """What the user is told where PyTorch could not make a functional graph of what Dynamo had captured."""
+def _capture_error(forward: Callable[..., Any], error: _torch.BackendFailed) -> CompiledError | None:
+    """What the user is told where PyTorch fails at an op of the model; None if it fails elsewhere."""
     inner = error.inner_exception
-    if isinstance(inner, (SmoothCacheError, torch.OutOfMemoryError)):
-        return inner
     where = re.findall(r'File "(.*)", line (\d+), in (\w+)\n\s*(.*)', str(inner).partition("Original traceback:")[2])
-    place = ""
-    if where:
-        file, line, function, code = where[-1]
-        place = f" at {os.path.basename(file)}:{line} in {function}: {code}"
+    if not where or isinstance(inner, torch.OutOfMemoryError):
+        return None
+    file, line, function, code = where[-1]
+    place = f" at {os.path.basename(file)}:{line} in {function}: {code}"
     model = type(getattr(forward, "__self__", forward)).__name__
     return CompiledError(
         f"{model} cannot be captured: PyTorch fails{place}. Put @torch.compiler.disable on the function that does "
