@@ -6,7 +6,6 @@ import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +21,6 @@ from ._plans import (
     every_nth_row,
     joint_plan,
     lag_costs,
-    predicted_error,
     product_costs,
     too_high,
 )
@@ -42,6 +40,8 @@ log = logging.getLogger(__name__)
 #: Predictions are not exact, and the best of many are too good: rows other than every n-th, and forecasts, which take
 #: memory, must be predicted to lower the error to this share.
 WORTHWHILE = 0.8
+#: A schedule is said to be behind every n-th step if that is predicted to err by less than this share of its error.
+BEHIND = 0.9
 
 
 def optimal_rows(
@@ -180,25 +180,31 @@ def _costs(calibration: Calibration, sites: Sequence[SiteErrors], order: int, ti
 
 
 def warn_if_behind(calibration: Calibration, schedule: Schedule) -> None:
-    """Tell where every n-th step computes no more than a schedule and is predicted to err clearly less.
+    """Tell where every n-th step, at the cost of a schedule to within half a step, is predicted to err less.
 
-    Nothing is predicted of rows of their own for groups, nor without effects.
+    What a schedule with several rows errs by is not known. It is taken to err as the best of its rows would if all
+    groups had it, so that a warning may be missing but is seldom wrong. Nothing is predicted without effects.
     """
-    rows = set(schedule.compute.values())
-    count = sum(next(iter(rows)))
-    if len(rows) > 1 or count in (1, schedule.steps) or calibration.effects is None:
+    computed = schedule.compute_fraction * schedule.steps
+    count = max(1, round(computed))
+    if count in (1, schedule.steps) or calibration.effects is None:
         return
     if schedule.highest_order not in _orders(calibration, None):
         return
-    regular = replace(schedule, compute=dict.fromkeys(schedule.compute, every_nth_row(schedule.steps, count)))
-    error, other = (predicted_error(calibration, each) for each in (schedule, regular))
-    if other < WORTHWHILE * error:
+    regular = every_nth_row(schedule.steps, count)
+    plan = joint_plan(calibration, schedule.highest_order, schedule.times)
+    other, error = (
+        math.sqrt(min(plan.error(row, independent=0.0) for row in rows))
+        for rows in ([regular], set(schedule.compute.values()))
+    )
+    if other < BEHIND * error:
         log.warning(
-            "every n-th step at no more compute (%d of %d steps) is predicted to err less than this schedule: %.3g, "
-            "not %.3g. calibration.schedule(compute=%.2f) gives the best rows for as much",
-            sum(next(iter(regular.compute.values()))),
-            schedule.steps,
+            "computing every n-th step is predicted to err less than this schedule: %.3g, not %.3g, at %d steps of %d, "
+            "where this one computes %.1f. calibration.schedule(compute=%.2f) gives the best rows for as much",
             other,
             error,
+            sum(regular),
+            schedule.steps,
+            computed,
             count / schedule.steps,
         )

@@ -202,10 +202,10 @@ class Calibration:
             found, order = optimal_rows(self, budget, order, rows, times, bool(keep_last), max_variants)
             flops = self._flops() if rows != "site" else {site.name: site.flops for site in self.sites}
             flops = flops if flops and any(flops.values()) else None
-            return Schedule(self.steps, found, order=order, flops=flops, times=times, timesteps=self.timesteps)
-        found = self._greedy_rows(alpha, compute, rows, keep_last is not False, max_variants)
-        order = 0 if order is None else order
-        schedule = Schedule(self.steps, found, order=order, flops=self._flops(), times=times, timesteps=self.timesteps)
+        else:
+            found = self._greedy_rows(alpha, compute, rows, keep_last is not False, max_variants)
+            order, flops = 0 if order is None else order, self._flops()
+        schedule = Schedule(self.steps, found, order=order, flops=flops, times=times, timesteps=self.timesteps)
         warn_if_behind(self, schedule)
         return schedule
 
