@@ -2,9 +2,12 @@
 
 Small models with random weights, and the demo's trained one, each in its own pipeline and sampler. Calibrated on one
 seed with ``calibrate(model, run)``; PSNR, in dB, to the uncached samples of that seed and of two others. Beside
-``schedule(compute=...)`` at the cost of every n-th step: every n-th step itself, that with forecasts of order 1
-(TaylorSeer's), and the paper's rule (``solver="greedy"``), with whether a warning said that it is behind every n-th step. ``--write`` writes ``bench/results/first_recipe.json`` and
-the table, ``first_recipe.md``. About 20 minutes on one core.
+``schedule(compute=...)``, at the cost of every n-th step:
+
+- every n-th step, and that with forecasts of order 1 (TaylorSeer's),
+- the paper's rule (``solver="greedy"``), and whether a warning said that it is behind every n-th step.
+
+``--write`` writes ``bench/results/first_recipe.json`` and the table, ``first_recipe.md``. About 20 minutes on one core.
 """
 
 from __future__ import annotations

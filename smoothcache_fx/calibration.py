@@ -189,9 +189,7 @@ class Calibration:
         if keep_last is not None:
             keep_last = flag(keep_last, "keep_last")
         if alpha is not None:
-            expected = "a number of at least 0, such as 0.18"
-            if number_of(alpha, "alpha", expected, CalibrationError) < 0:
-                raise CalibrationError(f"alpha is {alpha!r}, expected {expected}")
+            number_of(alpha, "alpha", "a number of at least 0, such as 0.18", CalibrationError, lambda a: a >= 0)
         if max_variants is not None:
             max_variants = whole_number(max_variants, "max_variants", 2, CalibrationError)
         if solver == "optimal" and compute is None:
@@ -259,10 +257,7 @@ class Calibration:
 
     def _share_of_flops(self, compute: object) -> float:
         expected = "a share of FLOPs, above 0 and up to 1"
-        share = number_of(compute, "compute", expected, CalibrationError)
-        if not 0 < share <= 1:
-            raise CalibrationError(f"compute is {compute!r}, expected {expected}")
-        return share
+        return number_of(compute, "compute", expected, CalibrationError, lambda share: 0 < share <= 1)
 
     def merge(self, other: Calibration) -> Calibration:
         """The observations of both, for calibrations of one model with the same steps and lags.

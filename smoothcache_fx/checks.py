@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 from .errors import ScheduleError, SmoothCacheError
@@ -29,10 +29,16 @@ def whole_number(value: object, name: str, least: int, error: type[SmoothCacheEr
     return number
 
 
-def number_of(value: object, name: str, expected: str, error: type[SmoothCacheError] = ScheduleError) -> float:
-    """``value`` as a float that is not NaN, numpy's and torch's scalars included; ``expected`` says what it may be."""
+def number_of(
+    value: object,
+    name: str,
+    expected: str,
+    error: type[SmoothCacheError] = ScheduleError,
+    within: Callable[[float], bool] = lambda number: True,
+) -> float:
+    """``value`` as a float ``within`` bounds and not NaN; ``expected`` says what it may be."""
     found = scalar(value)
-    if not is_number(found) or math.isnan(found):
+    if not is_number(found) or math.isnan(found) or not within(found):
         raise error(f"{name} is {value!r}, expected {expected}")
     return float(found)
 

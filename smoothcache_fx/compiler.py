@@ -65,7 +65,7 @@ def compile(
         The same object.
 
     Raises:
-        CompiledError: it is compiled already, or in training mode.
+        CompiledError: it is compiled already, or in training mode; at the first call, where PyTorch cannot capture it.
         TypeError: it is neither a module nor a pipeline with a denoiser, or the schedule is no ``Schedule``.
         ValueError: ``calls_per_step`` is not positive, or is given for a pipeline.
         ScheduleError: at the first call, where the schedule selects sites that the model does not have.

@@ -38,7 +38,7 @@ class StepError(SmoothCacheError):
 class CompiledError(SmoothCacheError):
     """A model cannot be compiled, or called, in the state it is in.
 
-    Raised when a model that is already compiled is compiled again, when `remove`, `reset`, `disabled` or
-    `report` is given a model that is not compiled, and when a compiled model is called for training
-    (`model.training`, or inputs that require gradients).
+    Raised when PyTorch cannot capture a model (the message names the line of the model), when a model that is
+    already compiled is compiled again, when `remove`, `reset`, `disabled` or `report` is given a model that is not
+    compiled, and when a compiled model is called for training (`model.training`, or inputs that require gradients).
     """
