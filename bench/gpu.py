@@ -33,8 +33,8 @@ from turns import FOLDER, NAME, preparing
 
 ROOT = Path(__file__).parents[1]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
-#: All of it, and the time from which on nothing is waited for, in seconds.
-SECONDS, GATE = 360, 210
+#: All of it, in seconds, and the share of it after which nothing is waited for.
+SECONDS, GATE = 360, 0.6
 #: Memory that parts may hold at once, in GiB; an H100 has 78.
 MEMORY = 70
 DIT = ("diffusers",)
@@ -267,7 +267,7 @@ def main() -> None:
     logs = scratch / "turns"
     logs.mkdir()
     run = Run(chosen, logs, environment)
-    run.wait(arguments.seconds, min(GATE, 0.6 * arguments.seconds), MEMORY)
+    run.wait(arguments.seconds, GATE * arguments.seconds, MEMORY)
     written = pack(arguments.out, logs, since)
     print(f"\n{len(written)} results and all logs are in {arguments.out}")
     for line in judged({path.stem: json.loads(path.read_text()) for path in written}):

@@ -72,29 +72,25 @@ if triton is not None:
         return (group * strides[0] + sample * strides[1] + token * strides[2]) + column * strides[3]
 
     @triton.jit
-    def read(tensor, at, inside):
-        """What a tensor holds at these offsets, 0 outside, or None for no tensor."""
+    def read(tensor, at, inside, OTHERWISE: tl.constexpr):
+        """What a tensor holds at these offsets, 0 outside; ``OTHERWISE`` for no tensor.
+
+        Not None, which Triton 3.6 cannot return from a function.
+        """
         if tensor is None:
-            return None
+            return tl.full(at.shape, OTHERWISE, tl.float32)
         else:
             return tl.load(tensor + at, inside, 0.0)
 
     @triton.jit
     def normalise(value, weights, biases, factors, shifts, inside, width, eps, RMS: tl.constexpr):
-        """The norm of a row, which is 0 outside, and what follows; all but the row may be None."""
+        """The norm of a row, which is 0 outside, and what follows."""
         if not RMS:
             value = tl.where(inside, value - tl.sum(value) / width, 0.0)
         # Launched from compiled code a scalar may come as float64.
         value *= tl.rsqrt(tl.sum(value * value) / width + tl.full((), eps, tl.float32))
-        if weights is not None:
-            value *= weights.to(tl.float32)
-        if biases is not None:
-            value += biases.to(tl.float32)
-        if factors is not None:
-            value *= 1 + factors.to(tl.float32)
-        if shifts is not None:
-            value += shifts.to(tl.float32)
-        return value
+        value = value * weights.to(tl.float32) + biases.to(tl.float32)
+        return value * (1 + factors.to(tl.float32)) + shifts.to(tl.float32)
 
 else:
     place_row = columns = read = normalise = None

@@ -196,10 +196,10 @@ if triton is not None:
             weight_stride, column, width, VALUES, FORECAST, ALL_GATED, ALIGNED, STAGES,
         )  # fmt: skip
         # What is needed after the sums is read before them: no load moves over their barriers.
-        weights = read(weight, columns(group, sample, token, column, strides[2]), inside)
-        biases = read(bias, columns(group, sample, token, column, strides[3]), inside)
-        factors = read(modulation, columns(group, sample, token, column, strides[4]), inside)
-        shifts = read(shift, columns(group, sample, token, column, strides[5]), inside)
+        weights = read(weight, columns(group, sample, token, column, strides[2]), inside, 1.0)
+        biases = read(bias, columns(group, sample, token, column, strides[3]), inside, 0.0)
+        factors = read(modulation, columns(group, sample, token, column, strides[4]), inside, 0.0)
+        shifts = read(shift, columns(group, sample, token, column, strides[5]), inside, 0.0)
         rounded = stream.to(normed.dtype.element_ty)
         if out is not None:
             tl.store(out + columns(group, sample, token, column, strides[6]), rounded, inside)

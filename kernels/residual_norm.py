@@ -158,10 +158,10 @@ if triton is not None:
         stream = tl.load(x + columns(group, sample, token, column, strides[0]), inside, 0.0).to(tl.float32)
         stream += gated(branch.to(tl.float32), gate, columns(group, sample, token, column, strides[1]), inside)
         # What is needed after the sums is read before them: no load moves over their barriers.
-        weights = read(weight, columns(group, sample, token, column, strides[4]), inside)
-        biases = read(bias, columns(group, sample, token, column, strides[5]), inside)
-        factors = read(modulation, columns(group, sample, token, column, strides[6]), inside)
-        shifts = read(shift, columns(group, sample, token, column, strides[7]), inside)
+        weights = read(weight, columns(group, sample, token, column, strides[4]), inside, 1.0)
+        biases = read(bias, columns(group, sample, token, column, strides[5]), inside, 0.0)
+        factors = read(modulation, columns(group, sample, token, column, strides[6]), inside, 0.0)
+        shifts = read(shift, columns(group, sample, token, column, strides[7]), inside, 0.0)
         if cache is not None:
             tl.store(cache + columns(group, sample, token, column, strides[3]), branch, inside)
         rounded = stream.to(out.dtype.element_ty)

@@ -115,7 +115,7 @@ def test_the_real_parts_fit(gpu, monkeypatch):
     parts = gpu.parts()
     assert len({part.name for part in parts}) == len(parts)
     assert max(part.gib for part in parts) <= gpu.MEMORY < 78
-    assert gpu.GATE < gpu.SECONDS <= 360
+    assert gpu.SECONDS <= 360 and 0 < gpu.GATE < 1
     kernels = {path.stem for path in (BENCH / "kernels").glob("*.py")} - {"common"}
     assert {part.name.removeprefix("kernel ") for part in parts if part.name.startswith("kernel ")} - {
         "tests"
