@@ -4,6 +4,7 @@
 # it finds this folder, and must not register the ops a second time: torch drops the first ones, in use or not.
 if __name__ != "kernels":
     from .grouped_linear import grouped_linear
+    from .matmul_store import matmul_store
     from .relative_l1 import relative_l1
     from .residual_accumulate import residual_accumulate
     from .residual_accumulate_norm import residual_accumulate_norm
@@ -14,6 +15,7 @@ if __name__ != "kernels":
 
     __all__ = [
         "grouped_linear",
+        "matmul_store",
         "relative_l1",
         "residual_accumulate",
         "residual_accumulate_norm",

@@ -218,12 +218,12 @@ if triton is not None:
         FORECAST: tl.constexpr,
         ALL_GATED: tl.constexpr,
         ALIGNED: tl.constexpr,
-        STAGES: tl.constexpr,
+        AT_ONCE: tl.constexpr,
     ):
         """``stream + sum_i gates[i] * sum_k weights[i][k] * value_ik``."""
         COLUMNS: tl.constexpr = VALUES + 1 + FORECAST
         inside = index < total
-        for term in tl.range(0, terms, num_stages=STAGES):
+        for term in tl.range(0, terms, num_stages=1, loop_unroll_factor=AT_ONCE):
             row = table + term * COLUMNS
             branch = tl.load(_tensor_at(row, values[0], ALIGNED) + values_at[0], inside, 0.0).to(tl.float32)
             if FORECAST:

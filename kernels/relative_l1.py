@@ -3,7 +3,7 @@
 ``sum|y_t - y_{t-k}| / sum|y_t|`` over all elements, Eq. 4 of the paper (arXiv 2411.10510); the denominator is the
 fresh output, the one that a cached step would replace.
 
-Two launches: sums of 2048 elements each, and their sum. On an H200 they take 12.7 us at ``[2, 256, 1152]`` in bfloat16,
+Two launches: sums of 4096 elements each, and their sum. On an H200 they take 12.7 us at ``[2, 256, 1152]`` in bfloat16,
 where Inductor's code takes 13.6 and a copy of as many bytes 6.5, and 55, 56 and 41 us at 64 samples
 (``bench/results/kernels_relative_l1_cuda.json``).
 """
@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._triton import COUNTS, OPTIONS, offsets, place, runs_triton, tl, triton
+from ._triton import COUNTS, offsets, place, runs_triton, tl, triton
 from .layout import layout_of
 from .operands import DTYPES
 
-#: Elements whose float32 sum a program takes: 16 a thread.
-BLOCK = 2048
-#: Partial sums that are added at once; always in the same order.
-FINISH_BLOCK = 1024
+#: Elements whose float32 sum a program takes, and its warps: 16 elements a thread.
+BLOCK, WARPS = 4096, 8
+#: Partial sums that are added at once, always in the same order, and warps that do it.
+FINISH_BLOCK, FINISH_WARPS = 1024, 4
 #: Lags that one launch compares with; more take several, and each reads the fresh output again.
 LAGS_PER_LAUNCH = 8
 
@@ -58,7 +58,7 @@ def relative_l1(fresh: Tensor, earlier: Sequence[Tensor]) -> Tensor:
 
     Returns:
         float64 ``[1 + len(earlier)]`` on ``fresh``'s device: ``sum|fresh|``, then ``sum|fresh - earlier[k]|``.
-        Differences are taken in float32 (float64 for float64 input), sums in float64; the kernel sums each 2048
+        Differences are taken in float32 (float64 for float64 input), sums in float64; the kernel sums each 4096
         elements in float32 first.
 
     Raises:
@@ -80,21 +80,24 @@ def _launch(fresh: Tensor, earlier: Sequence[Tensor]) -> Tensor:
     if fresh.dim() > 4:
         # More loops than the kernel has; tensors without gaps take one.
         fresh, earlier = fresh.contiguous(), [other.contiguous() for other in earlier]
-    out = torch.zeros(1 + len(earlier), dtype=torch.float64, device=fresh.device)
+    if not fresh.numel():
+        return torch.zeros(1 + len(earlier), dtype=torch.float64, device=fresh.device)
+    out = torch.empty(1 + len(earlier), dtype=torch.float64, device=fresh.device)
     for first in range(0, max(1, len(earlier)), LAGS_PER_LAUNCH):
         some = tuple(earlier[first : first + LAGS_PER_LAUNCH])
         at = layout_of((fresh, *some), BLOCK)
-        if not at.programs:
-            continue
         partial = torch.empty(1 + len(some), at.programs, dtype=torch.float32, device=fresh.device)
         # The denominator is the same each time.
         rows, sums = (partial[1:], out[1 + first :]) if first else (partial, out)
         with torch.cuda.device_of(fresh):
             relative_l1_kernel[(at.programs,)](
                 fresh, some, partial, at.programs, at.samples, at.blocks, at.width, at.total, at.strides,
-                LAGS=len(some), KINDS=at.kinds, WIDE=at.wide, BLOCK=BLOCK, **OPTIONS,
+                LAGS=len(some), KINDS=at.kinds, WIDE=at.wide, BLOCK=BLOCK,
+                num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-            relative_l1_finish_kernel[(len(rows),)](rows, sums, at.programs, BLOCK=FINISH_BLOCK, **OPTIONS)
+            relative_l1_finish_kernel[(len(rows),)](
+                rows, sums, at.programs, BLOCK=FINISH_BLOCK, num_warps=FINISH_WARPS, enable_fp_fusion=False
+            )
     return out
 
 

@@ -2,11 +2,20 @@
 
 Two kernels. Up to ``UNROLLED`` values come as arguments of the launch, and the kernel is as long as the run. A longer
 run, and any with forecasts, is a loop over a table of addresses (``_addresses.py``), whatever its length: one launch of
-one kernel. On an H100 56 terms of ``[64, 256, 1152]`` took 1029 us in five launches of twelve terms, and 738 to 746 us
-in two prototypes of the loop, flat blocks and a table; at batch 2 it was 61 against 41 to 42 us. This kernel puts the
-two together. On an H200 a cached call of FLUX.1-dev's transformer, which is three of these runs and little else, takes
-1.45 ms. By itself the loop is not measured yet, nor is the launch that writes the table, and so which number of values
-is the best limit between the two.
+one kernel, and a tiny one before it that writes the table. Microseconds for 56 terms in bfloat16 on an H200, beside
+Inductor's one kernel of 56 terms (``bench/results/kernels_residual_accumulate_cuda.json``; blocks by a sweep that is
+not in this repository):
+
+===============================  ================  =================  ================
+elements, warps, written out     [2, 256, 1152]    [64, 256, 1152]    [1, 4608, 3072]
+===============================  ================  =================  ================
+512, 4, 4 iterations (taken)     30                521                396
+2048, 4, 2 iterations            46                510                389
+1024, 4, 3 copied ahead          37                580                443
+Inductor                         28                538                410
+===============================  ================  =================  ================
+
+Copying loads ahead into shared memory is slower than writing out a few iterations, whose loads then overlap.
 """
 
 from __future__ import annotations
@@ -26,8 +35,8 @@ OP = "residual_accumulate"
 #: Values that one launch takes as arguments. Sixteen would spill registers where rows have an odd width: they cannot be
 #: read 128 bits at a time.
 UNROLLED = 12
-#: Iterations of the loop whose loads are under way at once.
-STAGES = 3
+#: The loop's elements a program, and iterations that are written out, so that their loads are under way at once.
+LOOP_BLOCK, AT_ONCE = 512, 4
 
 
 def residual_accumulate_reference(x: Tensor, gates: Gates, values: Sequence[Tensor], weights: Weights = None) -> Tensor:
@@ -130,7 +139,7 @@ def _launch_unrolled(x: Tensor, part: Run, out: Tensor) -> None:
 
 def _launch_loop(x: Tensor, part: Part, out: Tensor) -> None:
     gate, values = part.gate, tuple(part.values[: part.count])
-    at = layout_of((x, out, x if gate is None else gate.expand(x.shape), *values), BLOCK)
+    at = layout_of((x, out, x if gate is None else gate.expand(x.shape), *values), LOOP_BLOCK)
     if at.programs:
         table = address_table(part.addresses(), x.device)
         with torch.cuda.device_of(x):
@@ -138,7 +147,8 @@ def _launch_loop(x: Tensor, part: Part, out: Tensor) -> None:
                 x, table, gate, values, out, len(part.gates), part.weight_stride,
                 at.samples, at.blocks, at.width, at.total, at.strides,
                 VALUES=len(values), FORECAST=part.weights is not None, ALL_GATED=part.all_gated,
-                ALIGNED=part.is_aligned, KINDS=at.kinds, WIDE=at.wide, BLOCK=BLOCK, STAGES=STAGES, **OPTIONS,
+                ALIGNED=part.is_aligned, KINDS=at.kinds, WIDE=at.wide, BLOCK=LOOP_BLOCK,
+                AT_ONCE=AT_ONCE, **OPTIONS,
             )  # fmt: skip
 
 
@@ -192,7 +202,7 @@ if triton is not None:
         KINDS: tl.constexpr,
         WIDE: tl.constexpr,
         BLOCK: tl.constexpr,
-        STAGES: tl.constexpr,
+        AT_ONCE: tl.constexpr,
     ):
         group, sample, index = place(samples, blocks, WIDE, BLOCK)
         stream = tl.load(x + offsets(group, sample, index, width, strides[0], KINDS[0]), index < total).to(tl.float32)
@@ -201,7 +211,7 @@ if triton is not None:
             values_at += (offsets(group, sample, index, width, strides[3 + number], KINDS[3 + number]),)
         stream = add_terms(
             stream, table, terms, gate, offsets(group, sample, index, width, strides[2], KINDS[2]), values, values_at,
-            weight_stride, index, total, VALUES, FORECAST, ALL_GATED, ALIGNED, STAGES,
+            weight_stride, index, total, VALUES, FORECAST, ALL_GATED, ALIGNED, AT_ONCE,
         )  # fmt: skip
         at = offsets(group, sample, index, width, strides[1], KINDS[1])
         tl.store(out + at, stream.to(out.dtype.element_ty), index < total)

@@ -14,6 +14,7 @@ from .replace_writes import replace_writes
 from .simplify import simplify
 from .sites import Rejection, Site, analyze, find_sites
 from .specialize import specialize
+from .store_products import store_products
 from .traffic import count_bytes
 from .verify import GraphError, check_graph
 
@@ -41,5 +42,6 @@ __all__ = [
     "run_guarded",
     "simplify",
     "specialize",
+    "store_products",
     "work_outside",
 ]

@@ -1,19 +1,22 @@
 """Which residual adds of a variant become kernels of this package, and which stay with the inner compiler.
 
-Measured on an H100 80GB in bfloat16, torch 2.11, triton 3.6, in November 2026 (``bench/results/*_cuda.json`` where a
-script of this repository measured it; the rest by scripts that are not in it, at commit d7ec242):
+Measured in bfloat16, torch 2.11, triton 3.6, in November 2026, on an H100 80GB at commit d7ec242 and on an H200
+(``bench/results/*_cuda.json`` where a script of this repository measured it; the rest by scripts that are not in it):
 
-- A single load, store or forecast: ours and Inductor's code take the same time within 3% from 8 samples of DiT-XL/2
-  on, and at 2 samples Inductor's is 0.3 us of 7 faster. It stays with Inductor, which also fuses what is beside it.
+- A single load, store or forecast: on the H100 ours and Inductor's code take the same time within 3% from 8 samples of
+  DiT-XL/2 on, and at 2 samples Inductor's is 0.3 us of 7 faster. It stays with Inductor, which also fuses what is
+  beside it.
 - A run of 56 reused branches of DiT-XL/2, 64 samples: Inductor fuses the run with the transposed output of the patch
-  embedding before it and the last norm after it into one reduction over rows, which takes 19.1 ms; its memory traffic
-  takes 0.7 ms. ``residual_accumulate`` took 1.01 ms in five launches; a loop over a table of addresses takes 0.74 ms.
-  The whole cached call fell from 20.2 to 2.2 ms.
-- 28 linears for the gates of 28 blocks: 170 us one by one, 73 us as one product (2 samples), 175 and 83 us (64). On an
-  H200 Inductor takes 149 us one by one, ``grouped_linear`` 32 us (2 samples), 144 and 34 us (64).
-- A norm behind a residual add: our one pass takes 71 us, Inductor's 81 us (64 samples of DiT-XL/2). Behind a run it is
-  not measured yet: a program for each row, where ``residual_accumulate`` has equal blocks. So Inductor keeps its norms,
-  and others, which would take a pass for each of norm, product and sum, get ours.
+  embedding before it and the last norm after it into one reduction over rows, which takes 19.1 ms on the H100; its
+  memory traffic takes 0.7 ms. As one op the run takes 0.52 ms on the H200. The whole cached call fell from 20.2 ms
+  (H100) to 1.0 ms (H200). By itself, without what is around it, Inductor's code takes 0.54 ms.
+- 28 linears for the gates of 28 blocks: on the H200 Inductor takes 149 us one by one, ``grouped_linear`` 32 us (2
+  samples), 155 and 35 us (64).
+- A norm behind a residual add: our one pass takes 56 us, Inductor's 81 us (64 samples of DiT-XL/2, H200). Behind a run
+  it does not pay: 660 us in one pass, 513 and 70 us in two. So Inductor keeps its norms, and others, which would take a
+  pass for each of norm, product and sum, get ours.
+- The copy of a branch's output to its cache: Inductor makes it in the kernel of the add and the norm behind it, and
+  that took 1.4 ms more in a full call of 34.7 ms. ``passes/store_products.py`` has the product write the cache.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from .facts import is_view_or_cast, packet
 from .guard import CACHE, DECISION, guard, placeholders
 
 #: Ops that write to their fourth argument.
-WRITERS = ("smoothcache.residual_store", "smoothcache.residual_norm")
+WRITERS = ("smoothcache.residual_store", "smoothcache.residual_norm", "smoothcache.matmul_store")
 
 
 class GraphError(RuntimeError):
@@ -26,7 +26,8 @@ def check_graph(gm: GraphModule, *, like: GraphModule, stage: str) -> GraphModul
         like: the captured graph that it was made of.
         stage: ``"guarded"`` (guards, caches and decisions are allowed) or ``"variant"`` (only caches are, and each
             is either written, with a computed output, or read, never both; but before a cache is written, what it
-            holds may be subtracted from the output, and the difference written to another cache).
+            holds may be subtracted from the output, and the difference written to another cache; and what a product
+            has written is read behind it).
     """
     try:
         gm.graph.lint()
@@ -120,6 +121,8 @@ def _check_cache(cache: Node) -> None:
     # Before it is written, a cache may give the difference that another one keeps.
     subtracted = [n for n in reads if _goes_into_a_difference(n, cache)]
     reads = [n for n in reads if n not in subtracted or any(order[n] > order[write] for write in writes)]
+    if len(writes) == 1 and str(packet(writes[0])) == "smoothcache.matmul_store":
+        reads = [n for n in reads if order[n] < order[writes[0]]]
     if len(writes) > 1 or (writes and reads):
         raise GraphError(
             f"the cache {cache.name} is written by {[n.name for n in writes]} and read by "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor.output_code import OutputCode
 from torch.fx import Graph, GraphModule
+from torch.utils._ordered_set import OrderedSet
 
 InnerCompile = Callable[..., Any]
 
@@ -54,6 +56,15 @@ def patches_of(mode: str | None, options: dict[str, Any] | None, dynamic: bool |
 def uses_cuda_graphs(patches: dict[str, Any]) -> bool:
     """Whether Inductor, with these settings, records CUDA graphs of what it compiles."""
     return bool(patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+
+
+def takes_products_as_they_are(patches: dict[str, Any]) -> bool:
+    """Whether Inductor, with these settings, calls the library for matrix products, from Python.
+
+    Where it tunes kernels of its own for them, an output that is given would keep it from that.
+    """
+    with inductor_config.patch(patches):
+        return not (inductor_config.max_autotune or inductor_config.max_autotune_gemm or inductor_config.cpp_wrapper)
 
 
 class CapturedGraph(OutputCode):
@@ -143,6 +154,44 @@ def _during(inner_compile: InnerCompile) -> Iterator[None]:
         _inner_compile.reset(token)
 
 
+@functools.cache
+def _register_lowerings() -> None:
+    """Have Inductor call the library for ``smoothcache::matmul_store``, where a custom op takes a way through Python."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering
+    from torch._inductor.virtualized import V
+
+    class MatmulStore(ir.ExternKernel):
+        """``cache <- left @ right + bias``."""
+
+        def __init__(self, left: ir.IRNode, right: ir.IRNode, bias: ir.IRNode | None, cache: ir.IRNode) -> None:
+            operands = (cache, left, right, *(() if bias is None else (bias,)))
+            tensors = [self.realize_input(one) for one in operands]
+            super().__init__(None, ir.NoneLayout(device=cache.get_device()), self.unwrap_storage(tensors))
+            V.graph.mark_buffer_mutated(self.input_name(0))
+            self.name = V.graph.register_buffer(self)
+            V.graph.register_operation(self)
+
+        def codegen(self, wrapper: Any) -> None:
+            cache, *operands = (one.codegen_reference() for one in self.inputs)
+            kernel = "mm" if len(operands) == 2 else "addmm"
+            operands = [*operands[2:], *operands[:2]]
+            wrapper.writeline(f"extern_kernels.{kernel}({', '.join(operands)}, out={cache})")
+
+        def should_allocate(self) -> bool:
+            return False
+
+        def get_mutation_names(self) -> list[str]:
+            return [self.input_name(0)]
+
+        def get_unbacked_symbol_defs(self) -> OrderedSet[Any]:
+            return OrderedSet()
+
+    @register_lowering(torch.ops.smoothcache.matmul_store.default, type_promotion_kind=None)
+    def matmul_store(left: ir.IRNode, right: ir.IRNode, bias: ir.IRNode | None, cache: ir.IRNode) -> None:
+        MatmulStore(left, right, bias, cache)
+
+
 def compile(
     gm: GraphModule, fake_inputs: Sequence[Any], settings: dict[str, Any], patches: dict[str, Any]
 ) -> Callable[[list[Any]], Sequence[Any]]:
@@ -154,6 +203,7 @@ def compile(
     from torch._inductor.utils import BoxedBool
     from torch._inductor.virtualized import V
 
+    _register_lowerings()
     settings = dict(settings)
     cudagraphs = settings.get("cudagraphs")
     # Compiling may switch CUDA graphs off for one variant; that is no reason to go without them in the others.

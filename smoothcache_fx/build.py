@@ -27,6 +27,7 @@ from .passes import (
     narrow,
     simplify,
     specialize,
+    store_products,
 )
 from .passes.facts import tensor_value
 from .passes.forecast import holds_differences
@@ -246,6 +247,8 @@ class GraphBuilder:
                 if self.lowering.groups and len(chosen["compute"]) < len(sites):
                     graph = self._run_pass(name, merge_equal, graph)
                     graph = self._run_pass(name, group_linears, graph)
+            if self._inner.stores_products:
+                graph = self._run_pass(name, store_products, graph)
             heading = f"{len(chosen['compute'])} of {len(sites)} sites are computed."
             self._trace(f"smoothcache_{name.replace(' ', '_')}", heading, graph)
             self.graphs[mask] = check_graph(graph, like=self.captured, stage="variant")

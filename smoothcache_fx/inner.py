@@ -39,6 +39,8 @@ class InnerCompiler(Protocol):
     shape_generic: bool
     #: Whether it fuses kernels and picks them by itself, and so rounds otherwise than the ops one by one.
     optimizes: bool
+    #: Whether it takes products that write where they are told (``passes/store_products.py``).
+    stores_products: bool
     #: Whether what it compiles may return tensors that its next call writes over.
     cuda_graphs: bool
 
@@ -59,6 +61,7 @@ class NamedCompiler:
     """Any registered Dynamo backend but Inductor: AOTAutograd captures, the backend compiles each variant."""
 
     optimizes = False
+    stores_products = False
 
     def __init__(self, name: str, mode: str | None, options: dict[str, Any] | None) -> None:
         self.backend = _torch.named_backend(name)
@@ -102,6 +105,7 @@ class InductorCompiler:
     def __init__(self, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> None:
         self.patches = _inductor.patches_of(mode, options, dynamic)
         self.cuda_graphs = _inductor.uses_cuda_graphs(self.patches)
+        self.stores_products = _inductor.takes_products_as_they_are(self.patches)
 
     def capture(self, gm: GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]:
         def inner_compile(captured: GraphModule, _: Sequence[Any], **settings: Any) -> Boxed:
