@@ -1,9 +1,12 @@
 """Everything that needs a GPU, in six minutes: ``python bench/gpu.py``.
 
-The kernels' tests on CUDA and under ``compute-sanitizer``, CUDA graphs, and all benches with ``--write``. Benches
-compile side by side, as far as their memory allows, and time in turns (``turns.py``). Tests run beside them at low
-priority, and stand still while a bench times. What is not ready when the gate opens is no longer waited for, and what
-still runs at the end is killed: all logs and results so far are packed into one file, and the summary names what
+What is promised comes first: Flux and DiT-XL/2 end to end, the host's part, the kernels of a run. Then CUDA graphs,
+the other kernels, all kernels' tests on CUDA and under ``compute-sanitizer``, peers, TF32, as far as there is time;
+``--only`` runs the rest another time. All benches run with ``--write``.
+
+Parts compile side by side, as many as the processor's cores and the GPU's memory allow, and time in turns
+(``turns.py``), while everything else stands still. What is not ready when the gate opens is no longer waited for, and
+what still runs at the end is killed: all logs and results so far are packed into one file, and the summary names what
 failed, what is missing, and which targets were met.
 """
 
@@ -35,6 +38,8 @@ ROOT = Path(__file__).parents[1]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
 #: All of it, in seconds, and the share of it after which nothing is waited for.
 SECONDS, GATE = 360, 0.6
+#: Cores that a part which compiles gets: with fewer, a part of 100 s takes 250.
+CORES = 4
 #: Memory that parts may hold at once, in GiB; an H100 has 78.
 MEMORY = 70
 DIT = ("diffusers",)
@@ -73,24 +78,20 @@ class Part:
 
 
 def parts() -> list[Part]:
-    """What there is to run, in the order of starting: first what takes longest to be ready."""
+    """What there is to run, in the order of starting."""
     ours = ["--no-autotune", "--only", "smoothcache alpha 0.18", "--write"]
-    both = ["--modes", "default", "reduce-overhead"]
+    modes = ["--modes", "default", "reduce-overhead", "--orders", "0", "1"]
+    kernels = sorted(path.stem for path in (ROOT / "bench/kernels").glob("*.py") if path.stem != "common")
+    runs = ("residual_accumulate", "grouped_linear")
     found = [
-        _bench("flux", ["flux.py", "--write"], 34, DIT),
-        _bench(
-            "end to end 32",
-            ["end_to_end.py", "--images", "32", *both, "--orders", "0", "1", "--name", "32", *ours],
-            16,
-            DIT,
-        ),
-        _bench(
-            "end to end 1",
-            ["end_to_end.py", "--images", "1", *both, "--orders", "0", "1", "--name", "1", *ours],
-            6,
-            DIT,
-        ),
-        _bench("tf32", ["end_to_end.py", "--images", "32", "--dtype", "tf32", "--rounds", "2", *ours], 12, DIT),
+        _bench("end to end 32", ["end_to_end.py", "--images", "32", *modes, "--name", "32", *ours], 16, DIT),
+        _bench("flux", ["flux.py", "--rounds", "3", "--write"], 34, DIT),
+        _bench("end to end 1", ["end_to_end.py", "--images", "1", *modes, "--name", "1", *ours], 6, DIT),
+        _bench("host time", ["host_time.py", "--write"], 2),
+        *(_kernel(name) for name in runs),
+        Part("cuda graphs", [*PYTEST, "tests/test_cuda_graphs.py", "-m", "gpu"], 3, times=False),
+        *(_kernel(name) for name in kernels if name not in runs),
+        Part("kernel tests", [*PYTEST, "tests/kernels", "-k", "not interpreter and not ahead_of_time"], 3, times=False),
         _bench(
             "peers",
             ["end_to_end.py", "--images", "32", "--rounds", "2", "--no-autotune", "--name", "peers", "--write"]
@@ -98,19 +99,8 @@ def parts() -> list[Part]:
             16,
             PEERS,
         ),
-        _bench("host time", ["host_time.py", "--write"], 2),
+        _bench("tf32", ["end_to_end.py", "--images", "32", "--dtype", "tf32", "--rounds", "2", *ours], 12, DIT),
     ]
-    kernels = sorted(path.stem for path in (ROOT / "bench/kernels").glob("*.py") if path.stem != "common")
-    found += [
-        _bench(
-            f"kernel {name}", [f"kernels/{name}.py", "--write"], 30 if name.startswith("residual_accumulate") else 10
-        )
-        for name in kernels
-    ]
-    found.append(
-        Part("kernel tests", [*PYTEST, "tests/kernels", "-k", "not interpreter and not ahead_of_time"], 3, times=False)
-    )
-    found.append(Part("cuda graphs", [*PYTEST, "tests/test_cuda_graphs.py", "-m", "gpu"], 3, times=False))
     if sanitizer := shutil.which("compute-sanitizer"):
         tests = [
             f"tests/kernels/test_{name}.py" for name in ("residual_store", "residual_accumulate", "grouped_linear")
@@ -122,6 +112,11 @@ def parts() -> list[Part]:
     return found
 
 
+def _kernel(name: str) -> Part:
+    gib = 30 if name.startswith("residual_accumulate") else 10
+    return _bench(f"kernel {name}", [f"kernels/{name}.py", "--write"], gib)
+
+
 def _bench(name: str, script: Sequence[str], gib: float, needs: tuple[str, ...] = ()) -> Part:
     return Part(name, [sys.executable, f"bench/{script[0]}", *script[1:]], gib, needs)
 
@@ -129,12 +124,14 @@ def _bench(name: str, script: Sequence[str], gib: float, needs: tuple[str, ...] 
 class Run:
     """Parts under way: what waits for memory, what runs, and how the others ended."""
 
-    def __init__(self, chosen: Sequence[Part], folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, chosen: Sequence[Part], folder: Path, environment: Mapping[str, str], slots: int) -> None:
         self.waiting = [part for part in chosen if not part.missing]
         self.ended = {part.name: f"not run: {', '.join(part.missing)} is missing" for part in chosen if part.missing}
         self.running: dict[str, tuple[Part, subprocess.Popen[bytes]]] = {}
         self.folder = folder
         self.environment = environment
+        #: Parts that may compile or test at once.
+        self.slots = slots
         self.began = time.monotonic()
         self.held = False
         #: The most memory that was spoken for at once, in GiB.
@@ -157,6 +154,8 @@ class Run:
 
     def _start(self, memory: float) -> None:
         for part in list(self.waiting):
+            if self.held or self._busy() >= self.slots:
+                return
             held = sum(other.gib for other, _ in self.running.values())
             # What is larger than all there is runs alone.
             if held + part.gib > memory and self.running:
@@ -174,10 +173,12 @@ class Run:
                     stderr=log,
                     start_new_session=True,
                 )
-            if self.held and not part.times:
-                os.killpg(process.pid, signal.SIGSTOP)
             self.running[part.name] = part, process
             self.peak = max(self.peak, held + part.gib)
+
+    def _busy(self) -> int:
+        """Parts that compile or test; others wait for their turn."""
+        return sum(not part.times or preparing(self.folder, name).exists() for name, (part, _) in self.running.items())
 
     def _hold(self) -> None:
         """Stop what does not time from when a bench may have its turn until all have had it."""
@@ -248,7 +249,8 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, help="a folder with packages or wheels, where there is no network")
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp())
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "4"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": str(CORES)}
+    environment["OMP_NUM_THREADS"] = str(CORES)
     # One cache for all: twins of a model share their kernels.
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
     if arguments.wheels:
@@ -266,7 +268,7 @@ def main() -> None:
     since = time.time()
     logs = scratch / "turns"
     logs.mkdir()
-    run = Run(chosen, logs, environment)
+    run = Run(chosen, logs, environment, max(2, (os.cpu_count() or 2) // CORES))
     run.wait(arguments.seconds, GATE * arguments.seconds, MEMORY)
     written = pack(arguments.out, logs, since)
     print(f"\n{len(written)} results and all logs are in {arguments.out}")

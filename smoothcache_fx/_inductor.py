@@ -156,7 +156,7 @@ def _during(inner_compile: InnerCompile) -> Iterator[None]:
 
 @functools.cache
 def _register_lowerings() -> None:
-    """Have Inductor call the library for ``smoothcache::matmul_store``, where a custom op takes a way through Python."""
+    """Have Inductor call the library for ``smoothcache::matmul_store``: a custom op would go through Python."""
     from torch._inductor import ir
     from torch._inductor.lowering import register_lowering
     from torch._inductor.virtualized import V

@@ -27,8 +27,8 @@ def script(gpu, name: str, text: str, gib: float = 1.0, **options):
     return gpu.Part(name, [sys.executable, "-c", text], gib, **options)
 
 
-def run(gpu, tmp_path: Path, *parts, seconds: float = 30, gate: float = 30, memory: float = 70):
-    found = gpu.Run(parts, tmp_path, dict(os.environ))
+def run(gpu, tmp_path: Path, *parts, seconds: float = 30, gate: float = 30, memory: float = 70, slots: int = 4):
+    found = gpu.Run(parts, tmp_path, dict(os.environ), slots)
     found.wait(seconds, gate, memory)
     return found
 
@@ -74,6 +74,19 @@ def test_what_does_not_time_stands_still_while_others_do(gpu, tmp_path):
     assert len(ticks) == 40 and ticks[-1] > end
     # Some 20 if it went on; it takes a moment to stop it.
     assert len([tick for tick in ticks if begin < tick < end]) < 8
+
+
+def test_no_more_parts_compile_at_once_than_there_are_slots(gpu, tmp_path):
+    """A part that waits for its turn leaves its slot. None starts while another times."""
+    preparing = "began = time.time(); " + TIMED.strip().replace("print(", "print(began, ")
+    parts = [script(gpu, f"part {i}", preparing.format(prepare=0.5 + i)) for i in range(4)]
+    assert set(run(gpu, tmp_path, *parts, slots=2).ended.values()) == {"passed"}
+    began, begin, end = zip(
+        *(map(float, (tmp_path / f"part-{i}.log").read_text().split()) for i in range(4)), strict=True
+    )
+    # The third has the first one's slot while the second prepares, the fourth the second one's.
+    assert began[2] >= began[0] + 0.5 and began[3] >= began[1] + 1.5
+    assert min(begin) >= began[3] + 3.5, "all were ready before the first had its turn"
 
 
 def test_a_part_that_fails_does_not_hold_up_the_others(gpu, tmp_path):
