@@ -79,6 +79,12 @@ def arguments_of() -> argparse.Namespace:
         action="store_true",
         help="compile each with an empty cache on disk; else they find what earlier ones of this run have left there",
     )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare with the paper's package and with a schedule that computes everything (default: yes)",
+    )
     parser.add_argument("--only", nargs="+", metavar="PART", help="caches whose names contain one of these")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all works")
     parser.add_argument("--write", action="store_true", help="write bench/results and docs/bench")

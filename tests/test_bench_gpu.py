@@ -81,7 +81,7 @@ def test_no_more_parts_compile_at_once_than_there_are_slots(gpu, tmp_path):
     preparing = "began = time.time(); " + TIMED.strip().replace("print(", "print(began, ")
     parts = [script(gpu, f"part {i}", preparing.format(prepare=0.5 + i)) for i in range(4)]
     assert set(run(gpu, tmp_path, *parts, slots=2).ended.values()) == {"passed"}
-    began, begin, end = zip(
+    began, begin, _ = zip(
         *(map(float, (tmp_path / f"part-{i}.log").read_text().split()) for i in range(4)), strict=True
     )
     # The third has the first one's slot while the second prepares, the fourth the second one's.
@@ -159,7 +159,7 @@ def test_results_are_packed_and_judged(gpu, tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "all.tar.gz") as archive:
         assert archive.getnames() == ["logs/host-time.log", "results/end_to_end_cuda_32.json"]
     lines = gpu.judged({"end_to_end_cuda_32": json.loads(result.read_text())})
-    assert [line.rpartition(": ")[2] for line in lines] == ["met", "MISSED", "MISSED", "met", *2 * ["not measured"]]
+    assert [line.rpartition(": ")[2] for line in lines] == ["met", "MISSED", "MISSED", "met", *3 * ["not measured"]]
 
 
 def test_without_a_gpu_it_says_so(gpu, monkeypatch):
