@@ -10,7 +10,8 @@ from typing import Any
 from common import RESULTS
 from quality_samplers import SAMPLERS
 
-from smoothcache_fx.plots import COLOURS, new_figure
+from smoothcache_fx._html import COLOURS
+from smoothcache_fx.plots import new_figure
 
 PICTURES = RESULTS.parents[1] / "docs" / "bench"
 #: Images of a set are counted whose own PSNR in dB is lower: a few that went another way decide that of all together.

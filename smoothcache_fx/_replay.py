@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -61,21 +60,6 @@ class EffectSums:
         sketch /= np.sqrt(np.where(elements > 0, elements, np.nan))[..., None]
         sketch[:, 0] = 0.0
         return Effects(sketch.astype(np.float32), elements.max())
-
-
-def copied(inputs: Any) -> Any:
-    """A structure with its tensors copied: with the same strides, as views where they are views, sharing memory alike.
-
-    Dynamo guards on all of that, and would capture a call with other tensors anew.
-    """
-    memo: dict[int, Any] = {}
-
-    def copy_of(value: torch.Tensor) -> torch.Tensor:
-        if type(value) is torch.Tensor and value._base is not None:
-            return copy.deepcopy(value._base, memo).as_strided(value.shape, value.stride(), value.storage_offset())
-        return copy.deepcopy(value, memo)
-
-    return pytree.tree_map_only(torch.Tensor, copy_of, inputs)
 
 
 def floating_tensors(output: Any) -> list[torch.Tensor]:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._calibration_html import calibration_html
 from ._clusters import joined, variants_of
 from ._effects import Effects
 from ._files import check_header, read_object
-from ._html import calibration_html
 from ._planner import optimal_rows, warn_if_behind
 from ._plans import predicted_error
 from ._solve import alpha_for, scan

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch.fx import GraphModule, Node
 
+from ._html import COLOURS
 from .passes import Site, guard
 from .passes.facts import module_path
 from .passes.guard import CACHE, DECISION, SITE
 from .passes.names import WEIGHT
-from .plots import COLOURS
 
 #: How long a module's path may be, in components, for a box of its own.
 DEPTH = 2

@@ -11,11 +11,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from ._replay import copied
 from .calls import Call, ModelCall, StepClock, TimestepReader
 from .checks import flag, whole_number
 from .clock import Clock
 from .compiler import check_compilable
+from .copies import copied
 from .errors import CalibrationError, SmoothCacheError
 from .forward import ForwardPlace, check_inference, no_sites_error
 from .pipelines import denoisers, follow_cache_context, is_pipeline

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ._replay import copied
 from .calls import TIMESTEP_NAMES
+from .copies import copied
 from .scheduler_clock import DenoiserClock
 
 

@@ -10,15 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ._html import COMPUTED, REUSED
+from ._html import COLOURS, COMPUTED, REUSED
 from .calibration import Calibration
 from .checks import instance, number_of, sequence
 from .errors import SmoothCacheError
 from .schedule import Schedule
-
-#: Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
 
 FROM = "calibrate makes one, and Calibration.load reads it"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-from ._html import prediction_html
+from ._prediction_html import prediction_html
 from .backend import Program, plan_sites
 from .passes import count_bytes, count_flops, narrow
 from .plots import plot_costs

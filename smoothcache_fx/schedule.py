@@ -13,8 +13,8 @@ from typing import Any
 
 from ._clusters import variants_of
 from ._files import check_header, read_object
-from ._html import schedule_html
 from ._rows import compute_fraction, last_compute, row_of, selector_of, times_of, weights_of
+from ._schedule_html import schedule_html
 from ._selectors import KINDS, SiteLike, specificity
 from .checks import numbers_of, some_of, whole_number
 from .errors import ScheduleError
