@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "smoothcache_fx/_version.py").read_text(), re.MULTILINE)
@@ -44,7 +44,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["smoothcache_fx", "smoothcache_fx.demo", "smoothcache_fx.passes", "smoothcache_fx.kernels"],
+    packages=[
+        *find_packages(include=["smoothcache_fx", "smoothcache_fx.*"]),
+        "smoothcache_fx.passes",
+        "smoothcache_fx.kernels",
+    ],
     # A top-level package called `kernels` would shadow the one that diffusers and transformers look for.
     package_dir={"smoothcache_fx.passes": "passes", "smoothcache_fx.kernels": "kernels"},
     package_data={"smoothcache_fx.demo": ["digits_dit.safetensors"]},
@@ -58,7 +62,7 @@ setup(
         "test": TEST,
     },
     entry_points={
-        "console_scripts": ["smoothcache = smoothcache_fx.cli:main"],
-        "torch_dynamo_backends": ["smoothcache = smoothcache_fx.registered:smoothcache_backend"],
+        "console_scripts": ["smoothcache = smoothcache_fx.cli.main:main"],
+        "torch_dynamo_backends": ["smoothcache = smoothcache_fx.capture.registered:smoothcache_backend"],
     },
 )

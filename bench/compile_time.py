@@ -22,7 +22,7 @@ from common import summary, synchronize, write_result
 from efficiency import build, trajectory
 
 import smoothcache_fx as smoothcache
-from smoothcache_fx.tables import format_table
+from smoothcache_fx.graphs.tables import format_table
 
 ATTENTION, FEED_FORWARD = (1, 0, 1, 0, 1, 0, 0, 1), (1, 0, 0, 1, 1, 0, 1, 1)
 #: Rows per kind; with rows of their own, every combination of computed and reused.

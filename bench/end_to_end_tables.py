@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smoothcache_fx.tables import format_bytes, format_table
+from smoothcache_fx.graphs.tables import format_bytes, format_table
 
 Results = Mapping[str, Mapping[str, Any]]
 COLOURS = {"plain": "black", "smoothcache": "tab:red", "peer": "tab:blue"}

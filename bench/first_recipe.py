@@ -27,11 +27,11 @@ from common import RESULTS, write_result
 
 import smoothcache_fx as smoothcache
 from smoothcache_fx import Schedule
-from smoothcache_fx.comparison import as_vector, psnr
 from smoothcache_fx.demo.model import DiT, randomize
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.demo.weights import load_model
-from smoothcache_fx.tables import format_table
+from smoothcache_fx.graphs.tables import format_table
+from smoothcache_fx.reports.compare import as_vector, psnr
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -18,12 +18,13 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from smoothcache_fx.passes import count_flops, narrow, specialize
 from torch import nn
 
-from smoothcache_fx import Schedule, _torch
-from smoothcache_fx.backend import Session
-from smoothcache_fx.calls import ModelCall
-from smoothcache_fx.clock import Clock
-from smoothcache_fx.inner import inner_compiler
-from smoothcache_fx.tables import format_table
+from smoothcache_fx import Schedule
+from smoothcache_fx.capture import _torch
+from smoothcache_fx.capture.inner import inner_compiler
+from smoothcache_fx.capture.session import Session
+from smoothcache_fx.graphs.tables import format_table
+from smoothcache_fx.runtime.calls import ModelCall
+from smoothcache_fx.runtime.clock import Clock
 
 Made = tuple[nn.Module, Mapping[str, Any]]
 

@@ -14,7 +14,7 @@ from common import interleaved, ratio_of_medians, summary, write_result
 from torch import nn
 
 import smoothcache_fx as smoothcache
-from smoothcache_fx.tables import format_bytes, format_table
+from smoothcache_fx.graphs.tables import format_bytes, format_table
 
 Target = TypeVar("Target")
 

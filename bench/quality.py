@@ -36,11 +36,11 @@ from quality_tables import FAR, write_all
 from torch import Tensor
 
 import smoothcache_fx as smoothcache
-from smoothcache_fx.comparison import psnr
 from smoothcache_fx.demo.data import load_digits
 from smoothcache_fx.demo.metrics import Classifier, frechet_distance, real_frechet_distance
 from smoothcache_fx.demo.weights import load_model
-from smoothcache_fx.schedule import HISTORY_DTYPES, Schedule
+from smoothcache_fx.reports.compare import psnr
+from smoothcache_fx.schedules.schedule import HISTORY_DTYPES, Schedule
 
 ORDERS = (0, 1, 2)
 #: Of these as many images are made as a distribution takes; of the others, ``--paired``. Of TaylorSeer's settings the

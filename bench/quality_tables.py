@@ -10,7 +10,7 @@ from typing import Any
 from common import RESULTS
 from quality_samplers import SAMPLERS
 
-from smoothcache_fx._html import COLOURS
+from smoothcache_fx.graphs.html import COLOURS
 from smoothcache_fx.plots import new_figure
 
 PICTURES = RESULTS.parents[1] / "docs" / "bench"

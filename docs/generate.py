@@ -21,9 +21,9 @@ import torch
 
 import smoothcache_fx as smoothcache
 from smoothcache_fx import plots
-from smoothcache_fx.cli import parser
+from smoothcache_fx.cli.main import parser
 from smoothcache_fx.demo.model import DiT, randomize
-from smoothcache_fx.graph_diff import diff_files
+from smoothcache_fx.graphs.diff import diff_files
 
 DOCS = Path(__file__).parent
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")

@@ -107,7 +107,7 @@ def is_attention_op(node: Node) -> bool:
 
 
 def is_whole_module(node: Node) -> bool:
-    """Whether the op stands for a module that is kept whole (``smoothcache_fx/whole.py``)."""
+    """Whether the op stands for a module that is kept whole (``smoothcache_fx/capture/whole.py``)."""
     return str(packet(node)) == "smoothcache.whole_module"
 
 

@@ -11,7 +11,7 @@ The sum is in float32 (float64 for float64 caches), and rounded once.
 
 Where all caches but the first have a narrower dtype, the first always holds the newest value, and the others are a
 ring of differences: of the newest value and the one before it, and of that and the one before. The same sum with other
-weights is then the same polynomial (``smoothcache_fx/forecast.py``), and rounding a difference costs less than rounding
+weights is then the same polynomial (``schedules/coefficients.py``), and rounding a difference costs less than rounding
 an output. A store is::
 
     clamp = clamp_max(clamp_min(sub(branch, cache_0), -65504), 65504)

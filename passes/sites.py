@@ -18,15 +18,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
-from .branches import (
-    Branch,
-    branches_of,
-    continues,
-    is_sum,
-    kind_of,
-    start_from_each_other,
-    walk_back_to_output,
-)
+from .branches import Branch, branches_of, continues, is_sum, kind_of, start_from_each_other, walk_back_to_output
 from .facts import GraphFacts, frame_path, module_path, source_line, tensor_value
 from .flops import concrete, count_flops
 from .names import WEIGHT, common_module, drop_components, group_of, unique_names

@@ -2,25 +2,18 @@
 
 from . import importers
 from ._version import __version__
-from .calibration import Calibration
-from .choice import Choice, choose
-from .comparison import Comparison, compare
-from .compiler import compile, disabled, remove, reset
-from .errors import (
-    CalibrationError,
-    CompiledError,
-    NoSitesError,
-    ScheduleError,
-    SmoothCacheError,
-    StepError,
-)
-from .explain import Explanation, dump, explain
-from .prediction import Prediction
-from .recording import calibrate
-from .report import Report, report
-from .schedule import Schedule
-from .sensitivity import measure_sensitivity
-from .timing import timed
+from .calibration.calibration import Calibration
+from .compiled.compiler import compile, disabled, remove, reset
+from .errors import CalibrationError, CompiledError, NoSitesError, ScheduleError, SmoothCacheError, StepError
+from .measure.calibrate import calibrate
+from .measure.choose import Choice, choose
+from .measure.sensitivity import measure_sensitivity
+from .reports.compare import Comparison, compare
+from .reports.explain import Explanation, dump, explain
+from .reports.prediction import Prediction
+from .reports.report import Report, report
+from .reports.timing import timed
+from .schedules.schedule import Schedule
 
 __all__ = [
     "Calibration",

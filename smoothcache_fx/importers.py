@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from ._selectors import KINDS
 from .checks import is_number, scalar, some_of, whole_number
 from .errors import ScheduleError
-from .schedule import Schedule
+from .schedules.schedule import Schedule
+from .schedules.selectors import KINDS
 
 __all__ = ["learning_to_cache", "mag_cache", "pyramid_attention_broadcast", "taylor_seer"]
 

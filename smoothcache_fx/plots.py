@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ._html import COLOURS, COMPUTED, REUSED
-from .calibration import Calibration
+from .calibration.calibration import Calibration
 from .checks import instance, number_of, sequence
 from .errors import SmoothCacheError
-from .schedule import Schedule
+from .graphs.html import COLOURS, COMPUTED, REUSED
+from .schedules.schedule import Schedule
 
 FROM = "calibrate makes one, and Calibration.load reads it"
 

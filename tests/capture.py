@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from cases import Case
-from smoothcache_fx import Schedule, _torch
-from smoothcache_fx.backend import Program, Session
-from smoothcache_fx.calls import ModelCall
-from smoothcache_fx.clock import Clock
-from smoothcache_fx.inner import inner_compiler
+from smoothcache_fx import Schedule
+from smoothcache_fx.capture import _torch
+from smoothcache_fx.capture.inner import inner_compiler
+from smoothcache_fx.capture.session import Program, Session
+from smoothcache_fx.runtime.calls import ModelCall
+from smoothcache_fx.runtime.clock import Clock
 
 
 def capture(model: nn.Module, *args: Any, backend: str = "eager", **kwargs: Any) -> list[Program]:

@@ -19,8 +19,8 @@ from capture import Attention, Block, Stack, inputs
 from cases import randomize
 from oracle import Oracle
 from smoothcache_fx import NoSitesError, Schedule, ScheduleError
-from smoothcache_fx.forward import compiled_forward
-from smoothcache_fx.program import Stream
+from smoothcache_fx.compiled.forward import compiled_forward
+from smoothcache_fx.runtime.dispatch import Stream
 
 
 class Branch:
@@ -316,7 +316,7 @@ def registered(monkeypatch):
     """Dynamo finds the entry point only where the package is installed; tests may run on a bare tree."""
     from torch._dynamo.backends import registry
 
-    from smoothcache_fx.registered import smoothcache_backend
+    from smoothcache_fx.capture.registered import smoothcache_backend
 
     monkeypatch.setitem(registry._COMPILER_FNS, "smoothcache", smoothcache_backend)
     monkeypatch.setitem(registry._BACKENDS, "smoothcache", None)
@@ -376,7 +376,7 @@ def test_a_program_frees_the_caches_of_models_that_are_gone(registered, monkeypa
         streams.append(weakref.ref(stream))
         return stream
 
-    monkeypatch.setattr("smoothcache_fx.program.Stream", noted)
+    monkeypatch.setattr("smoothcache_fx.runtime.dispatch.Stream", noted)
     options = {"schedule": Schedule(4, {"attn": [1, 0, 1, 0]}), "backend": "eager"}
     for seed in range(3):
         model = torch.compile(randomize(Stack(), seed).eval(), backend="smoothcache", options=options)

@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import smoothcache_fx as smoothcache
-from smoothcache_fx.comparison import psnr
 from smoothcache_fx.demo import model as randomized
 from smoothcache_fx.demo import weights
 from smoothcache_fx.demo.weights import load_model
+from smoothcache_fx.reports.compare import psnr
 
 BENCH = Path(__file__).parents[1] / "bench"
 SIZES = {

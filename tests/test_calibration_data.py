@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from published_rule import PublishedCalibration, published_scan
-from smoothcache_fx._statistics import t_quantile
-from smoothcache_fx.calibration import Calibration, SiteErrors
+from smoothcache_fx.calibration.calibration import Calibration, SiteErrors
+from smoothcache_fx.calibration.statistics import t_quantile
 from smoothcache_fx.errors import CalibrationError
-from smoothcache_fx.schedule import Schedule
+from smoothcache_fx.schedules.schedule import Schedule
 
 
 def calibration_of(curves: dict[str, np.ndarray], flops: dict[str, float] | None = None) -> Calibration:

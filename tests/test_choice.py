@@ -8,9 +8,9 @@ import torch
 
 import smoothcache_fx as smoothcache
 from smoothcache_fx import CalibrationError
-from smoothcache_fx.comparison import psnr
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.demo.weights import load_model
+from smoothcache_fx.reports.compare import psnr
 
 STEPS = 12
 runs = []

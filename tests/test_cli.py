@@ -16,8 +16,10 @@ import torch
 from capture import Stack, inputs
 from cases import randomize
 from pipelines.build import dit as dit_pipeline
-from smoothcache_fx import Calibration, Schedule, calibrate, cli_models, doctor
-from smoothcache_fx.cli import main, parser
+from smoothcache_fx import Calibration, Schedule, calibrate
+from smoothcache_fx.cli import doctor
+from smoothcache_fx.cli import models as cli_models
+from smoothcache_fx.cli.main import main, parser
 from smoothcache_fx.importers import learning_to_cache
 
 FACTORIES = """

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smoothcache_fx import StepError
-from smoothcache_fx.calls import Call, TimestepReader
-from smoothcache_fx.clock import Clock
-from smoothcache_fx.scheduler_clock import DenoiserClock, SchedulerClock
+from smoothcache_fx.runtime.calls import Call, TimestepReader
+from smoothcache_fx.runtime.clock import Clock
+from smoothcache_fx.runtime.scheduler_clock import DenoiserClock, SchedulerClock
 
 
 def ticks(clock, timesteps):

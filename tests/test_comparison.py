@@ -14,7 +14,7 @@ from cases import randomize
 from oracle import Oracle
 from pipelines.build import CASES, run
 from smoothcache_fx import CompiledError, Schedule, ScheduleError, SmoothCacheError
-from smoothcache_fx.comparison import psnr, relative_l2
+from smoothcache_fx.reports.compare import psnr, relative_l2
 from test_backend import Branch
 
 STEPS = 6
@@ -93,7 +93,7 @@ def test_schedules_take_turns_and_rounds_that_differ_are_unreliable(model, monke
         return sample(model)
 
     seconds = [3.0, 1.5, 1.0, 2.0, 2.0, 4.0, 3.0, 1.5, 1.0]  # in the second round `first` is slow
-    monkeypatch.setattr("smoothcache_fx.comparison.perf_counter", Timings([*seconds, 2.0, 1.0]))
+    monkeypatch.setattr("smoothcache_fx.reports.compare.perf_counter", Timings([*seconds, 2.0, 1.0]))
     schedules = {name: SCHEDULES[name] for name in ("half", "first")}
     found = smoothcache.compare(model, schedules, noted, backend="eager")
     everything = Schedule.uniform(STEPS, 1)

@@ -17,8 +17,8 @@ from capture import Stack, inputs
 from cases import randomize
 from oracle import Oracle
 from smoothcache_fx import Schedule
-from smoothcache_fx.cuda_graphs import may_run_twice, owned, read_and_written, recorded_at_once
-from smoothcache_fx.forward import compiled_forward
+from smoothcache_fx.capture.cuda_graphs import may_run_twice, owned, read_and_written, recorded_at_once
+from smoothcache_fx.compiled.forward import compiled_forward
 from test_backend import Branch
 
 ROWS = {"attn": [1, 0, 1, 0], "ffn": [1, 1, 0, 0]}

@@ -22,10 +22,10 @@ from capture import Block, Stack, inputs
 from cases import randomize
 from models import CASES
 from smoothcache_fx import CompiledError, Schedule
-from smoothcache_fx.cli import main
-from smoothcache_fx.forward import compiled_forward
-from smoothcache_fx.graph_diff import count_ops
-from smoothcache_fx.program import GuardedProgram
+from smoothcache_fx.cli.main import main
+from smoothcache_fx.compiled.forward import compiled_forward
+from smoothcache_fx.graphs.diff import count_ops
+from smoothcache_fx.runtime.dispatch import GuardedProgram
 
 ROWS = {"attn": [1, 0, 1, 0], "ffn": [1, 0, 0, 0]}
 
@@ -237,7 +237,7 @@ def test_graphs_are_there_where_the_inner_compiler_fails(tmp_path, monkeypatch):
     def fail(gm, inputs):
         raise MemoryError("no such room")
 
-    monkeypatch.setattr("smoothcache_fx._torch.named_backend", lambda name: fail)
+    monkeypatch.setattr("smoothcache_fx.capture._torch.named_backend", lambda name: fail)
     model = randomize(Stack(1), 0).eval()
     smoothcache.compile(model, Schedule(2, {"attn": [1, 0], "ffn": [1, 0]}), backend="eager")
     with pytest.raises(Exception, match="no such room"):

@@ -9,9 +9,10 @@ from torch import nn
 import smoothcache_fx as smoothcache
 from capture import Attention, Block, inputs
 from cases import randomize
-from smoothcache_fx import Schedule, traced
-from smoothcache_fx.eager_work import flop_counter, flops_by_container
-from smoothcache_fx.forward import compiled_forward
+from smoothcache_fx import Schedule
+from smoothcache_fx.capture import ways as traced
+from smoothcache_fx.capture.eager_work import flop_counter, flops_by_container
+from smoothcache_fx.compiled.forward import compiled_forward
 
 mochi = pytest.importorskip("diffusers").MochiTransformer3DModel
 

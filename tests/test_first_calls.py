@@ -14,7 +14,8 @@ from torch import nn
 import smoothcache_fx as smoothcache
 from capture import Stack, inputs
 from cases import randomize
-from smoothcache_fx import Schedule, _torch
+from smoothcache_fx import Schedule
+from smoothcache_fx.capture import _torch
 
 SCHEDULE = Schedule(4, {"attn": [1, 0, 1, 0], "ffn": [1, 0, 0, 1]})
 

@@ -14,13 +14,13 @@ import smoothcache_fx as smoothcache
 from pipelines.build import CASES
 from pipelines.build import run as run_pipeline
 from smoothcache_fx import Calibration, Schedule
-from smoothcache_fx._clusters import clustered, joined, variants_of
-from smoothcache_fx._effects import Effects
-from smoothcache_fx.comparison import as_vector, psnr
+from smoothcache_fx.calibration.effects import Effects
+from smoothcache_fx.calibration.site_errors import SiteErrors
 from smoothcache_fx.demo.model import DiT, randomize
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.demo.weights import load_model
-from smoothcache_fx.site_errors import SiteErrors
+from smoothcache_fx.reports.compare import as_vector, psnr
+from smoothcache_fx.schedules.clusters import clustered, joined, variants_of
 
 STEPS = 20
 #: What the same arithmetic in another order may change of a PSNR, in dB.

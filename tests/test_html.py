@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 import numpy as np
 
 from smoothcache_fx import Calibration, Schedule
-from smoothcache_fx._html import COMPUTED, REUSED, UNKNOWN
-from smoothcache_fx.prediction import Prediction
-from smoothcache_fx.site_errors import SiteErrors
+from smoothcache_fx.calibration.site_errors import SiteErrors
+from smoothcache_fx.graphs.html import COMPUTED, REUSED, UNKNOWN
+from smoothcache_fx.reports.prediction import Prediction
 
 
 def strips(found: str) -> list[list[tuple[str, str]]]:

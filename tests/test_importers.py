@@ -28,7 +28,7 @@ from models import CASES
 from oracle import Oracle
 from smoothcache_fx import Schedule, ScheduleError
 from smoothcache_fx.importers import learning_to_cache, mag_cache, pyramid_attention_broadcast, taylor_seer
-from smoothcache_fx.schedule import KINDS
+from smoothcache_fx.schedules.schedule import KINDS
 from tolerances import Tolerance, assert_trajectories_close, tolerance
 from zoo.catalog import CASES as ZOO
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 import smoothcache_fx as smoothcache
 from smoothcache_fx import Calibration, CalibrationError, Schedule
-from smoothcache_fx._effects import Effects
-from smoothcache_fx._optimal import best_rows, segment_costs, share
-from smoothcache_fx._plans import joint_plan
-from smoothcache_fx._products import Products
-from smoothcache_fx.comparison import psnr, relative_l2
+from smoothcache_fx.calibration.effects import Effects
+from smoothcache_fx.calibration.optimal import joint_plan
+from smoothcache_fx.calibration.products import Products
+from smoothcache_fx.calibration.segments import best_rows, segment_costs, share
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.demo.weights import load_model
-from smoothcache_fx.forecast import weights
+from smoothcache_fx.reports.compare import psnr, relative_l2
+from smoothcache_fx.schedules.coefficients import weights
 
 STEPS = 12
 

@@ -21,9 +21,10 @@ from capture import Stack, capture, inputs
 from cases import Branch, Case, random_rows, randomize, run_trajectory
 from models import CASES
 from oracle import Oracle
-from smoothcache_fx import Schedule, ScheduleError, forecast
+from smoothcache_fx import Schedule, ScheduleError
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.demo.weights import load_model
+from smoothcache_fx.schedules import coefficients as forecast
 from tolerances import Tolerance, assert_as_exact, assert_trajectories_close
 
 STEPS = 10

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from smoothcache_fx import Calibration
+from smoothcache_fx.calibration.site_errors import SiteErrors
 from smoothcache_fx.plots import (
     pareto_front,
     plot_costs,
@@ -14,7 +15,6 @@ from smoothcache_fx.plots import (
     plot_schedules,
     plot_site_errors,
 )
-from smoothcache_fx.site_errors import SiteErrors
 
 PNG = b"\x89PNG"
 

@@ -15,7 +15,7 @@ import torch
 import smoothcache_fx as smoothcache
 from capture import Stack
 from cases import randomize
-from smoothcache_fx.cli import main
+from smoothcache_fx.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -245,7 +245,9 @@ def test_calls_are_repeated_with_inputs_of_the_same_strides(model, sample, optio
 
 def test_a_repeated_call_that_is_captured_anew_is_computed_and_told(model, monkeypatch, caplog):
     """Copies that Dynamo sees as other inputs: branches without a history are computed, not looked up."""
-    monkeypatch.setattr("smoothcache_fx.observing.copied", functools.partial(torch.utils._pytree.tree_map, torch.clone))
+    monkeypatch.setattr(
+        "smoothcache_fx.measure.observe.copied", functools.partial(torch.utils._pytree.tree_map, torch.clone)
+    )
     plain = slices(model)
     found = []
     calibrate(model, lambda m: found.append(slices(m)), schedule=Schedule.uniform(4, 2))

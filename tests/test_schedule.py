@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoothcache_fx.errors import ScheduleError, SmoothCacheError
-from smoothcache_fx.schedule import KINDS, Schedule, last_compute
+from smoothcache_fx.schedules.schedule import KINDS, Schedule, last_compute
 
 # What SmoothCache publishes for DiT-XL/2, 1 = compute (its smoothcache_schedules folder; arXiv 2411.10510).
 PUBLISHED = {
@@ -432,7 +432,10 @@ GOOD = {
         ('{"attn": [0, 1]}', "'[*].attn' reuses at step 0"),
         ('{"attn": [1, "0"]}', "'[*].attn' has '0' at step 1"),
         ('{"a.b": [1]}', "'a.b': expected the name of a module"),
-        ('{"format": "smoothcache_fx.calibration"}', "format 'smoothcache_fx.calibration', expected"),
+        (
+            '{"format": "smoothcache_fx.calibration"}',
+            "format 'smoothcache_fx.calibration', expected",
+        ),
         (json.dumps({**GOOD, "version": 3}), "version 3 .*reads up to 2; upgrade"),
         (json.dumps({**GOOD, "version": "1"}), "version '1'"),
         (json.dumps({**GOOD, "version": True}), "version True"),

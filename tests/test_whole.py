@@ -26,7 +26,7 @@ from inline_dits import (
 from models import CASES
 from oracle import Oracle
 from smoothcache_fx import CompiledError, Schedule
-from smoothcache_fx.whole import WholeModule, whole_module
+from smoothcache_fx.capture.whole import WholeModule, whole_module
 from tolerances import SAME_KERNELS, assert_trajectories_close
 from zoo.case import ROWS, STEPS
 

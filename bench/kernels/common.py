@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoothcache_fx.tables import format_table
+from smoothcache_fx.graphs.tables import format_table
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OURS, EAGER, INDUCTOR = "smoothcache", "eager", "inductor"

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
-from ..calibration import Calibration
-from ..comparison import WIDE, psnr, spread_of
-from ..compiler import compile
+from ..calibration.calibration import Calibration
+from ..capture import _torch
+from ..compiled.compiler import compile
+from ..graphs.tables import format_table
+from ..measure.calibrate import calibrate
 from ..plots import new_figure, plot_errors, plot_schedules, plot_site_errors
-from ..recording import calibrate
-from ..report import report
-from ..schedule import Schedule
-from ..tables import format_table
+from ..reports.compare import WIDE, psnr, spread_of
+from ..reports.report import report
+from ..schedules.schedule import Schedule
 from .data import load_digits
 from .extras import require
 from .metrics import Classifier, frechet_distance, real_frechet_distance

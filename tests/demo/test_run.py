@@ -7,7 +7,7 @@ import json
 import pytest
 
 from smoothcache_fx import Calibration, Schedule
-from smoothcache_fx.cli import main
+from smoothcache_fx.cli.main import main
 
 
 def test_the_demo_writes_what_it_measured(tmp_path, capsys):

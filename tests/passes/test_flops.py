@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.utils.flop_counter import flop_registry
 
-from smoothcache_fx.eager_work import flop_counter
+from smoothcache_fx.capture.eager_work import flop_counter
 
 aten = torch.ops.aten
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 16, 24, 8

@@ -19,7 +19,7 @@ from cases import random_rows, run_trajectory
 from inline_dits import InlineDiT
 from models import CASES
 from oracle import Oracle
-from smoothcache_fx import build
+from smoothcache_fx.capture import variants as build
 from structures import AddcmulBlock
 from tolerances import FUSED_KERNELS, SAME_KERNELS, assert_as_exact, assert_trajectories_close
 

@@ -34,7 +34,8 @@ from capture import capture_case
 from cases import Case, run_trajectory
 from models import CASES, LABELS, SIZES
 from oracle import Oracle
-from smoothcache_fx import Schedule, build
+from smoothcache_fx import Schedule
+from smoothcache_fx.capture import variants as build
 from tolerances import FUSED_KERNELS, Tolerance, assert_trajectories_close
 
 grouped = torch.ops.smoothcache.grouped_linear

@@ -48,7 +48,7 @@ def products(graph: torch.fx.GraphModule) -> list[list[int]]:
 @pytest.mark.parametrize("mask", list(itertools.product([True, False], repeat=2)))
 def test_adaln_has_the_rows_of_computed_branches_and_of_gates(mask, backend, monkeypatch):
     # Only the captured graph is looked at: Inductor's back half is left out.
-    monkeypatch.setattr("smoothcache_fx._inductor.compile", lambda gm, *rest: lambda a: gm(*a))
+    monkeypatch.setattr("smoothcache_fx.capture._inductor.compile", lambda gm, *rest: lambda a: gm(*a))
     captured, variant = variant_of(Block(WIDTH), mask, backend=backend)
     after = check_graph(narrow(variant), like=captured, stage="variant")
     dead = sum(2 for computed in mask if not computed)

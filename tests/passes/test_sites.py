@@ -96,7 +96,7 @@ def test_the_same_sites_are_found_in_inductors_graph(name):
         if backend == "inductor":
             with pytest.MonkeyPatch.context() as patch:
                 # Only the captured graph is looked at: the back half is left out.
-                patch.setattr("smoothcache_fx._inductor.compile", lambda gm, *rest: lambda a: gm(*a))
+                patch.setattr("smoothcache_fx.capture._inductor.compile", lambda gm, *rest: lambda a: gm(*a))
                 with pytest.raises(StopIteration):
                     case.call(Captured(), latents, 1.0, conditioning)
         else:

@@ -18,8 +18,8 @@ from capture import Block, Stack, capture, capture_case, inputs
 from cases import randomize
 from models import CASES
 from smoothcache_fx import Schedule
-from smoothcache_fx._inductor import code_path
-from smoothcache_fx.inner import inner_compiler
+from smoothcache_fx.capture._inductor import code_path
+from smoothcache_fx.capture.inner import inner_compiler
 
 matmul_store = torch.ops.smoothcache.matmul_store
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import smoothcache_fx as smoothcache
 from smoothcache_fx import CalibrationError, CompiledError, Schedule
-from smoothcache_fx.forward import compiled_forward
+from smoothcache_fx.compiled.forward import compiled_forward
 
 from .build import CASES, dit, run, sd3
 from .eager_cache import cached_by_hand

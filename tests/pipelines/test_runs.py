@@ -9,7 +9,7 @@ import torch
 
 import smoothcache_fx as smoothcache
 from smoothcache_fx import Schedule
-from smoothcache_fx.forward import compiled_forwards
+from smoothcache_fx.compiled.forward import compiled_forwards
 
 from .build import CASES, run
 from .eager_cache import branches_of, cached_by_hand

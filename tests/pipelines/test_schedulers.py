@@ -12,7 +12,7 @@ import torch
 
 import smoothcache_fx as smoothcache
 from smoothcache_fx import CompiledError, Schedule, StepError
-from smoothcache_fx.forward import compiled_forward
+from smoothcache_fx.compiled.forward import compiled_forward
 
 from .build import CASES, cogvideox_v2v, dit, embeds, run, sd3, sd3_img2img, tiny_t5, video_arguments
 from .eager_cache import cached_by_hand

@@ -16,7 +16,7 @@ import smoothcache_fx as smoothcache
 from cases import Case, run_trajectory
 from oracle import Oracle
 from smoothcache_fx import Schedule
-from smoothcache_fx.forward import compiled_forward
+from smoothcache_fx.compiled.forward import compiled_forward
 from tolerances import tolerance, worst
 
 from .case import JOINED, ROWS, STEPS, ZooCase

@@ -15,7 +15,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from smoothcache_fx.schedule import KINDS
+from smoothcache_fx.schedules.schedule import KINDS
 
 from .case import BATCH, ZooCase, position_grid, timestep
 

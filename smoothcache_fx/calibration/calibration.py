@@ -1,0 +1,397 @@
+"""Calibration: how much each site's output changes from step to step, and the schedules that follow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checks import flag, instance, number_of, numbers_of, whole_number
+from ..errors import CalibrationError
+from ..schedules.clusters import joined, variants_of
+from ..schedules.files import check_header, read_object
+from ..schedules.schedule import Schedule
+from .effects import Effects
+from .greedy import alpha_for, scan
+from .html import calibration_html
+from .optimal import predicted_error
+from .planner import optimal_rows, warn_if_behind
+from .site_errors import SiteErrors
+from .statistics import Moments, combine, half_width
+
+__all__ = ["Calibration", "SiteErrors"]
+
+FORMAT = "smoothcache_fx.calibration"
+VERSION = 2
+
+#: Stands for all groups together, where sensitivities are by group.
+ALL = "*"
+
+
+@dataclass(eq=False)
+class Calibration:
+    """The errors of all sites of a model over whole trajectories; `calibrate` makes it.
+
+    Args:
+        steps: denoising steps in a trajectory.
+        lags: the largest lag k that was measured.
+        sites: one `SiteErrors` for each site, with arrays of shape [lags, steps].
+        history_bytes: memory that the kept outputs took while calibrating.
+        metadata: anything JSON can hold, kept with the file.
+        effects: what reads do to the model's output, if ``calibrate`` was given an ``order``.
+        sensitivity: how errors reach the final sample, float64 [steps] by group, or `ALL` for all groups together
+            (``measure_sensitivity``); what is not in it counts the same at each step.
+        timesteps: of each step, if all trajectories had the same. Schedules made of the calibration keep them.
+    """
+
+    steps: int
+    lags: int
+    sites: list[SiteErrors]
+    history_bytes: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
+    effects: Effects | None = None
+    sensitivity: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    timesteps: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        self.steps = whole_number(self.steps, "steps", 1, CalibrationError)
+        self.lags = whole_number(self.lags, "lags", 1, CalibrationError)
+        self.history_bytes = whole_number(self.history_bytes, "history_bytes", 0, CalibrationError)
+        if not isinstance(self.metadata, dict):
+            raise CalibrationError(f"metadata is a {type(self.metadata).__name__}, expected a dict")
+        self.sites = list(self.sites)
+        if not self.sites:
+            raise CalibrationError("a calibration without sites; expected at least one")
+        names = [site.name for site in self.sites]
+        if len(set(names)) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise CalibrationError(f"more than one site is called {' or '.join(map(repr, twice))}")
+        for site in self.sites:
+            if site.count.shape != (self.lags, self.steps):
+                raise CalibrationError(
+                    f"site {site.name!r} has errors of shape {list(site.count.shape)}, expected "
+                    f"[lags, steps] = [{self.lags}, {self.steps}]"
+                )
+            if site.products is not None and len(site.products.count) != self.steps:
+                raise CalibrationError(f"site {site.name!r} has products of {len(site.products.count)} steps")
+        if self.effects is not None and len(self.effects.sketch) != self.steps:
+            raise CalibrationError(f"effects of {len(self.effects.sketch)} steps, expected {self.steps}")
+        if self.timesteps is not None:
+            self.timesteps = numbers_of(self.timesteps, "timesteps", self.steps, CalibrationError)
+        if not isinstance(self.sensitivity, dict):
+            raise CalibrationError(f"sensitivity is a {type(self.sensitivity).__name__}, expected a dict")
+        self.sensitivity = {key: self._checked(key, values) for key, values in self.sensitivity.items()}
+
+    def _checked(self, key: str, values: Any) -> NDArray[np.float64]:
+        try:
+            array = np.asarray(values, np.float64)
+        except (TypeError, ValueError):
+            array = np.empty(0)
+        known = key == ALL or key in self.groups
+        if not known or array.shape != (self.steps,) or not ((0 < array) & (array < np.inf)).all():
+            raise CalibrationError(
+                f"impossible sensitivity of {key!r}: expected a group of this calibration, or {ALL!r}, and a finite "
+                f"number above 0 for each of {self.steps} steps"
+            )
+        return array
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Calibration):
+            return NotImplemented
+        names = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "timesteps")
+        return all(getattr(self, name) == getattr(other, name) for name in names) and (
+            {key: values.tolist() for key, values in self.sensitivity.items()}
+            == {key: values.tolist() for key, values in other.sensitivity.items()}
+        )
+
+    @property
+    def groups(self) -> dict[str, tuple[SiteErrors, ...]]:
+        """Group -> its sites, in the model's order."""
+        result: dict[str, tuple[SiteErrors, ...]] = {}
+        for site in self.sites:
+            result[site.group] = (*result.get(site.group, ()), site)
+        return result
+
+    def error(self, group: str) -> NDArray[np.float64]:
+        """Mean error over the group's sites and their observations, float64 [lags, steps].
+
+        At [k - 1, t] that of using step t - k's output at step t; NaN where there is no observation (t < k).
+        """
+        return self._moments(group)[1]
+
+    def interval(self, group: str) -> NDArray[np.float64]:
+        """Half the 95% interval of `error(group)`, float64 [lags, steps]: the mean is known to within this.
+
+        Student's t over all observations of all sites, taken as independent; NaN where there is only one.
+        """
+        count, _, m2 = self._moments(group)
+        return half_width(count, m2)
+
+    def schedule(
+        self,
+        *,
+        alpha: float | None = None,
+        compute: float | None = None,
+        solver: str | None = None,
+        order: int | None = None,
+        rows: str | None = None,
+        max_variants: int | None = None,
+        times: Sequence[float] | None = None,
+        keep_last: bool | None = None,
+    ) -> Schedule:
+        """The best schedule for a budget (``compute``), or the one of the paper's rule (``alpha``).
+
+        For a budget all groups share one row, so that two variants are all there is to compile: the row and the order
+        of forecasts that are predicted to move the final sample least. Where none is predicted to be clearly better it
+        is every n-th step, without forecasts.
+
+        The paper's rule: from each computed step, the longest reuse whose error is at most `alpha`. Each group has a
+        row of its own.
+
+        Args:
+            alpha: the largest error allowed, the same for all groups, at least 0.
+            compute: in place of alpha: the largest share of the branches' FLOPs to compute, in (0, 1].
+            solver: ``optimal``, the default for compute: the rows of least predicted error. ``greedy``, the default for
+                alpha: the paper's rule; with compute it takes the alpha that comes closest from below (for rows of
+                groups `alpha_for` gives it).
+            order: of the forecasts, 0 to 2. The default of ``optimal`` is the best of those that the calibration can
+                predict (``calibrate(..., order=...)``); that of ``greedy`` is 0, whose rows it has at any order.
+            rows: ``joint``, one row for all groups, the default of ``optimal`` (where it can predict it: without
+                effects for order 0); ``group``, the default of ``greedy``, one for each group, which ``optimal`` has
+                share the budget by their FLOPs, groups under 3% of them following the one before; ``site``, one for
+                each site, of ``optimal`` alone. Joint rows of ``greedy`` reuse where all groups' errors allow it.
+            max_variants: the most variants that there may be, at least 2: groups whose rows differ least then share
+                one. By default as many as the rows make.
+            times: a position for each step, in which forecasts are polynomials (see `Schedule`).
+            keep_last: compute the last step too, as the paper's code does: the default of ``greedy``.
+
+        Returns:
+            One row per group (or site), and their FLOPs as weights.
+
+        Raises:
+            CalibrationError: if not exactly one of alpha and compute is given, one is out of range, the calibration
+                lacks what the solver needs, or no schedule meets the budget.
+
+        Example:
+            >>> schedule = calibration.schedule(compute=0.5)  # at most half of the branches' FLOPs
+            >>> paper = calibration.schedule(alpha=0.18)
+        """
+        if solver not in (None, "greedy", "optimal"):
+            raise CalibrationError(f"solver is {solver!r}, expected 'greedy' or 'optimal'")
+        if (alpha is None) == (compute is None):
+            raise CalibrationError(f"alpha is {alpha} and compute is {compute}; give exactly one of them")
+        if keep_last is not None:
+            keep_last = flag(keep_last, "keep_last")
+        if alpha is not None:
+            number_of(alpha, "alpha", "a number of at least 0, such as 0.18", CalibrationError, lambda a: a >= 0)
+        if max_variants is not None:
+            max_variants = whole_number(max_variants, "max_variants", 2, CalibrationError)
+        if solver == "optimal" and compute is None:
+            raise CalibrationError("the optimal solver wants compute, the share of FLOPs, and no alpha")
+        found: Mapping[str, Sequence[bool]]
+        if compute is not None and solver != "greedy":
+            budget = self._share_of_flops(compute)
+            found, order = optimal_rows(self, budget, order, rows, times, bool(keep_last), max_variants)
+            flops = self._flops() if rows != "site" else {site.name: site.flops for site in self.sites}
+            flops = flops if flops and any(flops.values()) else None
+        else:
+            found = self._greedy_rows(alpha, compute, rows, keep_last is not False, max_variants)
+            order, flops = 0 if order is None else order, self._flops()
+        schedule = Schedule(self.steps, found, order=order, flops=flops, times=times, timesteps=self.timesteps)
+        warn_if_behind(self, schedule)
+        return schedule
+
+    def _greedy_rows(
+        self, alpha: float | None, compute: float | None, rows: str | None, keep_last: bool, max_variants: int | None
+    ) -> dict[str, list[bool]]:
+        """The paper's rule for each group, or for groups that share a row, whose errors are the largest of theirs."""
+        if rows not in (None, "group", "joint"):
+            hint = "; rows of sites need solver='optimal'" if rows == "site" else ""
+            raise CalibrationError(f"rows is {rows!r}, expected 'joint' or 'group' with the greedy solver{hint}")
+        of_each = {group: self.error(group) for group in self.groups}
+        clusters = [tuple(of_each)] if rows == "joint" else [(group,) for group in of_each]
+        while True:
+            errors = {
+                " + ".join(cluster): np.maximum.reduce([of_each[group] for group in cluster]) for cluster in clusters
+            }
+            threshold = alpha
+            if compute is not None:
+                flops = self._flops()
+                weights = flops and {" + ".join(c): sum(flops[group] for group in c) for c in clusters}
+                threshold = alpha_for(errors, self._share_of_flops(compute), weights, keep_last)
+            found = [scan(error, threshold, keep_last) for error in errors.values()]
+            if max_variants is None or variants_of(found) <= max_variants:
+                return {group: row for cluster, row in zip(clusters, found, strict=True) for group in cluster}
+            clusters = joined(clusters, found)
+
+    def predicted_error(self, schedule: Schedule) -> float:
+        """What a schedule that has one row and one order for all groups is predicted to be off by at the end.
+
+        With sensitivities (``measure_sensitivity``) the relative L2 distance of the final samples; without, the root
+        mean square by which the model's outputs are off in sum. Infinite where it reuses for longer than ``lags``.
+
+        Raises:
+            CalibrationError: if the calibration was made without ``order`` or for lower ones, the steps differ, or
+                groups have rows of their own.
+        """
+        instance(schedule, "schedule", Schedule, "Calibration.schedule or Schedule.uniform makes one")
+        return predicted_error(self, schedule)
+
+    def alpha_for(self, compute: float, *, keep_last: bool = True) -> float:
+        """The alpha whose schedule's `compute_fraction` is the largest that is at most `compute`.
+
+        Exact, over all alphas that make a difference; of those with equal fractions, the smallest.
+
+        Raises:
+            CalibrationError: if `compute` is not in (0, 1], or no alpha meets it (says the least possible).
+        """
+        budget = self._share_of_flops(compute)
+        errors = {group: self.error(group) for group in self.groups}
+        return alpha_for(errors, budget, self._flops(), flag(keep_last, "keep_last"))
+
+    def _share_of_flops(self, compute: object) -> float:
+        expected = "a share of FLOPs, above 0 and up to 1"
+        return number_of(compute, "compute", expected, CalibrationError, lambda share: 0 < share <= 1)
+
+    def merge(self, other: Calibration) -> Calibration:
+        """The observations of both, for calibrations of one model with the same steps and lags.
+
+        `history_bytes` is the larger one; of metadata and timesteps, what both agree on; of sensitivities, the
+        first's where it has them.
+
+        Raises:
+            CalibrationError: if steps, lags or sites differ.
+        """
+        if not isinstance(other, Calibration):
+            raise CalibrationError(f"cannot merge with a {type(other).__name__}, expected a Calibration")
+        if (self.steps, self.lags) != (other.steps, other.lags):
+            raise CalibrationError(
+                f"cannot merge a calibration of {self.steps} steps and {self.lags} lags with one of "
+                f"{other.steps} steps and {other.lags} lags; calibrate with the same number of both"
+            )
+        theirs = {site.name: site for site in other.sites}
+        mine = {site.name: site for site in self.sites}
+        if theirs.keys() != mine.keys():
+            first, second = sorted(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
+            raise CalibrationError(
+                f"cannot merge calibrations of models with other sites: {len(first)} only in the first "
+                f"({', '.join(first[:3])}), {len(second)} only in the second ({', '.join(second[:3])})"
+            )
+        sites = [site.merge(theirs[site.name]) for site in self.sites]
+        agreed = self.metadata.keys() & other.metadata.keys()
+        agreed = {key for key in agreed if self.metadata[key] == other.metadata[key]}
+        metadata = {key: value for key, value in self.metadata.items() if key in agreed}
+        history_bytes = max(self.history_bytes, other.history_bytes)
+        both = self.effects is not None and other.effects is not None
+        effects = self.effects.merge(other.effects) if both else None
+        sensitivity = {**other.sensitivity, **self.sensitivity}
+        timesteps = self.timesteps if self.timesteps == other.timesteps else None
+        return Calibration(self.steps, self.lags, sites, history_bytes, metadata, effects, sensitivity, timesteps)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything as JSON, one line per site; `load` gives an equal calibration back.
+
+        Raises:
+            CalibrationError: if the metadata holds what JSON cannot.
+        """
+        try:
+            metadata = json.dumps(self.metadata, allow_nan=False)
+        except (TypeError, ValueError) as reason:
+            raise CalibrationError(f"metadata holds what JSON cannot: {reason}; keep plain values in it") from reason
+        lines = [
+            f'  "format": {json.dumps(FORMAT)}',
+            f'  "version": {VERSION}',
+            f'  "steps": {self.steps}',
+            f'  "lags": {self.lags}',
+            f'  "history_bytes": {self.history_bytes}',
+            f'  "metadata": {metadata}',
+            f'  "effects": {json.dumps(None if self.effects is None else self.effects.to_json())}',
+            f'  "sensitivity": {json.dumps({key: values.tolist() for key, values in self.sensitivity.items()})}',
+            '  "sites": [\n' + ",\n".join(f"    {json.dumps(site.to_json())}" for site in self.sites) + "\n  ]",
+        ]
+        if self.timesteps is not None:
+            lines.insert(-1, f'  "timesteps": {json.dumps(self.timesteps)}')
+        Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Calibration:
+        """Read a calibration that `save` wrote.
+
+        Raises:
+            CalibrationError: if the file is missing, is not JSON, is of another format or a newer version, or
+                holds something that is no calibration.
+        """
+        data = read_object(path, CalibrationError, "calibration")
+        keys = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "sensitivity")
+        if data.get("format") == FORMAT and data.get("version") == 1:
+            data = {"effects": None, "sensitivity": {}, **data}
+        if "timesteps" in data:
+            keys = (*keys, "timesteps")
+        check_header(data, path, format=FORMAT, version=VERSION, keys=keys, error=CalibrationError)
+        try:
+            if not isinstance(data["sites"], list):
+                raise CalibrationError(f"sites is a {type(data['sites']).__name__}, expected a list")
+            sites = [SiteErrors.from_json(site) for site in data["sites"]]
+            effects = None if data["effects"] is None else Effects.from_json(data["effects"])
+            arguments = [data[key] for key in ("steps", "lags")], [data[key] for key in ("history_bytes", "metadata")]
+            return cls(*arguments[0], sites, *arguments[1], effects, data["sensitivity"], data.get("timesteps"))
+        except CalibrationError as reason:
+            raise CalibrationError(f"{str(path)!r} holds no valid calibration: {reason}") from reason
+
+    def lines(self) -> list[list[str]]:
+        """What is printed, cell by cell: a title, a heading, a line per group, and a note."""
+        counts = [int(n) for site in self.sites for n in site.count[0, 1:]] or [0]
+        seen = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+        title = (
+            f"{self.steps} steps, {len(self.sites)} sites, {seen} observations of each site at each step, "
+            f"history {self.history_bytes / 2**20:.1f} MiB"
+        )
+        table = [[title], ["group", "kind", "sites", "FLOPs", *(f"lag {lag}" for lag in range(1, self.lags + 1))]]
+        total = sum(site.flops for site in self.sites) or 1.0
+        for group, sites in self.groups.items():
+            share = sum(site.flops for site in sites) / total
+            kinds = "/".join(dict.fromkeys(site.kind for site in sites))
+            cells = map(_median, self.error(group), self.interval(group))
+            table.append([group, kinds, str(len(sites)), f"{share:.1%}", *cells])
+        return [*table, ["(error: median over the steps, with the mean's 95% interval there)"]]
+
+    def __str__(self) -> str:
+        """A table of the groups, with the median over the steps of each lag's error, and its 95% interval."""
+        title, *table, note = self.lines()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        aligns = "<<" + ">" * (len(widths) - 2)
+        lines = []
+        for row in table:
+            cells = zip(row, aligns, widths, strict=True)
+            lines.append("  ".join(f"{cell:{align}{width}}" for cell, align, width in cells))
+        return "\n".join([*title, *lines, *note])
+
+    def _repr_html_(self) -> str:
+        return calibration_html(self)
+
+    def _moments(self, group: str) -> Moments:
+        sites = [site.moments for site in self.sites if site.group == group]
+        if not sites:
+            known = ", ".join(map(repr, self.groups))
+            raise CalibrationError(f"there is no group {group!r}; this calibration has {known}")
+        return combine(sites)
+
+    def _flops(self) -> dict[str, float] | None:
+        flops = {group: sum(site.flops for site in sites) for group, sites in self.groups.items()}
+        return flops if any(flops.values()) else None
+
+
+def _median(error: NDArray[np.float64], interval: NDArray[np.float64]) -> str:
+    """The (upper) median of one lag's errors and the interval at that step."""
+    known = np.flatnonzero(np.isfinite(error))
+    if not known.size:
+        return "-"
+    step = known[np.argsort(error[known], kind="stable")[known.size // 2]]
+    spread = "" if np.isnan(interval[step]) else f" ±{interval[step]:.4f}"
+    return f"{error[step]:.4f}{spread}"

@@ -1,0 +1,276 @@
+"""The graph side of a program: makes, checks and compiles the variants of one captured graph."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..graphs.python_code import as_python, notes
+from ..passes import (
+    Site,
+    analyze,
+    check_graph,
+    count_flops,
+    fuse,
+    fuse_norms,
+    group_linears,
+    insert_guards,
+    lowering_for,
+    merge_equal,
+    narrow,
+    simplify,
+    specialize,
+    store_products,
+)
+from ..passes.facts import tensor_value
+from ..passes.forecast import holds_differences
+from ..passes.guard import CACHE, SITE, SLOT, copy_graph, placeholders, with_graph
+from ..passes.sites import output_bytes
+from ..passes.specialize import variant_inputs
+from ..runtime.dispatch import Mask, Variant
+from . import _inductor, _torch
+from .inner import CompileVariant, InnerCompiler
+
+log = logging.getLogger(__name__)
+
+
+class GraphBuilder:
+    """A captured graph, its sites, its guarded form and the variants made so far.
+
+    Attributes:
+        captured: the ATen graph as AOTAutograd gave it, without what does nothing.
+        sites, rejections: what ``passes.analyze`` says of it.
+        guarded: the guarded graph, with caches for forecasts of ``order``, all but the first in ``history_dtype`` where
+            that is narrower.
+        graphs: the variants' graphs by mask, before the inner compiler had them.
+    """
+
+    def __init__(
+        self,
+        captured: GraphModule,
+        compile_variant: CompileVariant,
+        inner: InnerCompiler,
+        order: int = 0,
+        history_dtype: str | None = None,
+    ) -> None:
+        start = time.perf_counter()
+        captured = self.captured = simplify(captured)
+        self.sites, self.rejections = analyze(captured.graph)
+        narrower = None if history_dtype is None else getattr(torch, history_dtype)
+        guarded = insert_guards(captured, self.sites, order, narrower)
+        self.guarded = check_graph(guarded, like=captured, stage="guarded")
+        #: What became of variants that the inner compiler failed on.
+        self.failures: dict[Mask, str] = {}
+        self._compile_id = _torch.current_compile_id()
+        self._trace("smoothcache_guarded", "A guard behind each site's output.", self.guarded)
+        self.graphs: dict[Mask, GraphModule] = {}
+        self.flops = count_flops(captured.graph)
+        #: Caches of a site's output, for the values that its forecasts look back to.
+        self.history = order + 1
+        self._compile_variant = compile_variant
+        inputs = placeholders(captured.graph)
+        self._input_values = [node.meta.get("val") for node in inputs]
+        self._caches = [node for node in placeholders(self.guarded.graph) if CACHE in node.meta]
+        #: Positions of the inputs that are symbolic sizes.
+        self.shape_inputs = [i for i, value in enumerate(self._input_values) if isinstance(value, torch.SymInt)]
+        self.size_inputs = self._size_inputs()
+        self.shape_generic = inner.shape_generic or not self.shape_inputs
+        self._inner = inner
+        devices = {value.device.type for node in captured.graph.nodes if (value := tensor_value(node)) is not None}
+        #: What of the variants goes to kernels of ours.
+        self.lowering = lowering_for("cuda" if "cuda" in devices else "cpu", inner.optimizes)
+        self._fake_mode = next((value.fake_mode for value in self._input_values if hasattr(value, "fake_mode")), None)
+        self._conditions: list[Any] = []
+        log.info(
+            "%d nodes, %d sites, %d adds not taken, %.0f ms",
+            len(captured.graph.nodes),
+            len(self.sites),
+            len(self.rejections),
+            1e3 * (time.perf_counter() - start),
+        )
+
+    def _size_inputs(self) -> list[int]:
+        """Symbolic inputs that are a size of a tensor input or of a cache.
+
+        Others change from step to step and shape nothing: where a view begins in its storage, a number that the model
+        is given.
+        """
+        tensors = (value for value in self._input_values if isinstance(value, torch.Tensor))
+        caches = [node.meta["val"] for node in self._caches]
+        sizes = [size for value in (*tensors, *caches) for size in value.shape]
+        sizes += [stride for value in caches for stride in value.stride()]
+        symbols = frozenset().union(*map(_torch.symbols_of, sizes))
+        return [i for i in self.shape_inputs if _torch.symbols_of(self._input_values[i]) & symbols]
+
+    def buffers_of(self, site: Site) -> tuple[int, ...]:
+        """Positions of a site's cache buffers."""
+        return tuple(node.meta[CACHE] for node in self._caches_of(site))
+
+    def history_bytes_of(self, site: Site) -> int:
+        """Bytes of the site's outputs as the history keeps one of each; 0 without a history."""
+        return sum(output_bytes(node) for node in self._caches_of(site) if node.meta[SLOT] == 1)
+
+    def differences_of(self, site: Site) -> frozenset[int]:
+        """Positions of those of a site's cache buffers that hold a difference of outputs."""
+        caches = self._caches_of(site)
+        newest = {node.meta[CACHE] - node.meta[SLOT]: node for node in caches if not node.meta[SLOT]}
+        return frozenset(
+            node.meta[CACHE]
+            for node in caches
+            if holds_differences(newest[node.meta[CACHE] - node.meta[SLOT]].meta["val"], node.meta["val"])
+        )
+
+    def _caches_of(self, site: Site) -> list[Node]:
+        index = self.sites.index(site)
+        return [node for node in self._caches if node.meta[SITE] == index]
+
+    @property
+    def buffer_count(self) -> int:
+        return len(self._caches)
+
+    def allocate(self, buffer: int, inputs: Sequence[Any]) -> torch.Tensor:
+        """A cache buffer for inputs of these sizes; an ordinary tensor even where inference mode is on."""
+        value = self._caches[buffer].meta["val"]
+        symbols = self._symbols(inputs)
+        shape, strides = (
+            [_torch.symbol_value(size, symbols) for size in sizes] for sizes in (value.shape, value.stride())
+        )
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+
+    def weights(self, values: Sequence[float]) -> torch.Tensor:
+        """The forecasts' weights, one per buffer, where the graph wants them."""
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.tensor(values, dtype=torch.float32, device=self._caches[0].meta["val"].device)
+
+    def build(self, mask: Mask, inputs: Sequence[Any]) -> Variant:
+        """Specialise the guarded graph to the mask and compile it."""
+        graph = self.graph(mask)
+        count, end = len(self._input_values), len(self._input_values) + self.buffer_count
+        kept = variant_inputs(graph)
+        variant = self._variant(graph)
+        examples = [inputs[i] for i in variant.inputs] + [self.allocate(i, inputs) for i in variant.buffers]
+        if variant.weighs:
+            examples.append(self.weights([0.0] * self.buffer_count))
+        start = time.perf_counter()
+        with _torch.recording_guards(self._fake_mode if self.shape_inputs else None) as conditions:
+            origin = [-1 if count <= i < end else i for i in kept]
+            variant.run = self._compile(mask, graph, examples, origin) or variant.run
+        self._conditions.extend(conditions)
+        log.info("variant %d: compiled in %.1f s", list(self.graphs).index(mask), time.perf_counter() - start)
+        return variant
+
+    def _compile(
+        self, mask: Mask, graph: GraphModule, examples: Sequence[Any], origin: Sequence[int]
+    ) -> Callable[[list[Any]], Sequence[Any]] | None:
+        """The variant's code. Where the compiler fails, code without the optional step that failed, or None."""
+        settings: dict[str, Any] = {}
+        while True:
+            try:
+                # Inductor changes the graph that it is given.
+                return self._compile_variant(with_graph(graph, copy_graph(graph)[0]), examples, origin, settings)
+            except Exception as error:
+                if _inductor.is_of_the_machine(error):
+                    raise
+                more = {} if settings else self._inner.settings_to_switch_off(error)
+                self._note_failure(mask, error, more)
+                if not more:
+                    return None
+                settings = more
+
+    def _note_failure(self, mask: Mask, error: Exception, settings: Mapping[str, Any]) -> None:
+        """Say it once for all variants that fail alike."""
+        if settings:
+            done = f"is compiled with {', '.join(f'{name}={value}' for name, value in settings.items())}"
+        else:
+            done = "runs op by op: right, but slower"
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        what = f"the inner compiler failed ({type(error).__name__}: {first_line}): the variant {done}"
+        if what not in self.failures.values():
+            log.warning("%d of %d sites computed: %s", mask.compute.bit_count(), len(self.sites), what, exc_info=error)
+        self.failures[mask] = what
+
+    def build_uncompiled(self, mask: Mask) -> Variant:
+        """The variant run node by node: for sizes that the compiled one does not hold for."""
+        return self._variant(self.graph(mask))
+
+    def _variant(self, graph: GraphModule) -> Variant:
+        """A variant that runs its graph node by node."""
+        count, end = len(self._input_values), len(self._input_values) + self.buffer_count
+        kept = variant_inputs(graph)
+
+        def run(arguments: list[Any]) -> Sequence[Any]:
+            values = tuple(arguments)
+            arguments.clear()
+            return graph(*values)
+
+        return Variant(
+            run,
+            inputs=tuple(i for i in kept if i < count),
+            buffers=tuple(i - count for i in kept if count <= i < end),
+            weighs=any(i >= end for i in kept),
+            flops=count_flops(graph.graph),
+        )
+
+    def holds_for(self, inputs: Sequence[Any]) -> bool:
+        """Whether what the compiler has assumed of symbolic sizes is true of these inputs."""
+        if not self._conditions:
+            return True
+        symbols = self._symbols(inputs)
+        return all(bool(condition.xreplace(symbols)) for condition in self._conditions)
+
+    def graph(self, mask: Mask) -> GraphModule:
+        """The variant's graph for a mask, compiled or not."""
+        if mask not in self.graphs:
+            sites = range(len(self.sites))
+            chosen = {
+                "compute": {i for i in sites if mask.compute >> i & 1},
+                "store": {i for i in sites if mask.store >> i & 1},
+                "orders": mask.orders,
+            }
+            name = f"variant {len(self.graphs)}"
+            log.info("%s: %d of %d sites are computed", name, len(chosen["compute"]), len(sites))
+            graph = self._run_pass(name, functools.partial(specialize, **chosen), self.guarded)
+            if self._inner.optimizes:
+                # A narrower product may be summed in another order.
+                graph = self._run_pass(name, narrow, graph)
+            if self.lowering is not None:
+                graph = self._run_pass(name, functools.partial(fuse, lowering=self.lowering), graph)
+                if self.lowering.norms:
+                    graph = self._run_pass(name, fuse_norms, graph)
+                if self.lowering.groups and len(chosen["compute"]) < len(sites):
+                    graph = self._run_pass(name, merge_equal, graph)
+                    graph = self._run_pass(name, group_linears, graph)
+            if self._inner.stores_products:
+                graph = self._run_pass(name, store_products, graph)
+            heading = f"{len(chosen['compute'])} of {len(sites)} sites are computed."
+            self._trace(f"smoothcache_{name.replace(' ', '_')}", heading, graph)
+            self.graphs[mask] = check_graph(graph, like=self.captured, stage="variant")
+        return self.graphs[mask]
+
+    def _run_pass(self, name: str, run: Callable[[GraphModule], GraphModule], gm: GraphModule) -> GraphModule:
+        start = time.perf_counter()
+        result = run(gm)
+        seconds = time.perf_counter() - start
+        what = getattr(run, "func", run).__name__
+        log.info(
+            "%s: %s: %d nodes -> %d, %.0f ms", name, what, len(gm.graph.nodes), len(result.graph.nodes), 1e3 * seconds
+        )
+        return result
+
+    def _trace(self, name: str, heading: str, gm: GraphModule) -> None:
+        names = [site.name for site in self.sites]
+        _torch.trace_artifact(name, lambda: as_python(heading, gm, notes(names)), self._compile_id)
+
+    def _symbols(self, inputs: Sequence[Any]) -> dict[Any, int]:
+        values: dict[Any, int] = {}
+        if self.shape_inputs:
+            for fake, real in zip(self._input_values, inputs, strict=True):
+                _torch.bind_symbols(fake, real, values)
+        return values

@@ -1,0 +1,239 @@
+"""``compile`` puts a cached, compiled forward on a module; ``remove`` takes it off again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+from ..capture.inner import InnerCompiler, inner_compiler
+from ..capture.session import Session
+from ..capture.ways import Traced
+from ..checks import flag, instance, whole_number
+from ..errors import CompiledError, SmoothCacheError
+from ..runtime.calls import StepClock
+from ..runtime.clock import Clock
+from ..runtime.pipelines import denoisers, follow_cache_context, is_pipeline
+from ..runtime.scheduler_clock import DenoiserClock, SchedulerClock
+from ..schedules.schedule import Schedule
+from .forward import CompiledForward, ForwardPlace, compiled_forwards, forward_of
+
+log = logging.getLogger(__name__)
+
+Model = TypeVar("Model")
+
+#: Beyond so many variants compiling takes longer than users expect: it is a warning.
+MANY_VARIANTS = 6
+
+
+def compile(
+    model_or_pipeline: Model,
+    schedule: Schedule,
+    *,
+    backend: str = "inductor",
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    options: dict[str, Any] | None = None,
+    calls_per_step: int | None = None,
+) -> Model:
+    """Compile a Diffusion Transformer, or those of a pipeline, so that it follows a caching schedule.
+
+    The module's ``forward`` is replaced on the instance; its class, parameters and state dict stay as they are. The
+    graphs are captured and compiled at the first calls, one variant per distinct decision of the schedule.
+
+    Of a pipeline (of diffusers, or any object with ``components`` by name and a ``scheduler``) all denoisers are
+    compiled: the components whose ``forward`` takes a timestep. Its scheduler tells the step: ``set_timesteps``
+    begins a trajectory, ``step`` ends a step. For a second pipeline that shares the denoisers but not the scheduler,
+    call it again with that pipeline and an equal schedule.
+
+    Args:
+        model_or_pipeline: the transformer, in eval mode, or a pipeline.
+        schedule: which branches to compute and which to reuse, per step; of a pipeline one step per timestep of the
+            scheduler.
+        backend: the inner compiler: ``inductor``, ``eager``, ``aot_eager`` or any name of
+            ``torch._dynamo.list_backends(None)``.
+        mode, dynamic, fullgraph, options: as for ``torch.compile``; ``guard_filter_fn`` among the options is Dynamo's.
+        calls_per_step: how often the sampler calls the model in one step (2 for a conditional and an unconditional
+            call). The calls of one step have caches of their own. By default each call is a step, and two calls in a
+            row at one timestep are an error; 1 allows them. Not for pipelines, where it need not be known.
+
+    Returns:
+        The same object.
+
+    Raises:
+        CompiledError: it is compiled already, or in training mode; at the first call, where PyTorch cannot capture it.
+        TypeError: it is neither a module nor a pipeline with a denoiser, or the schedule is no ``Schedule``.
+        ValueError: ``calls_per_step`` is not positive, or is given for a pipeline.
+        ScheduleError: at the first call, where the schedule selects sites that the model does not have.
+        NoSitesError: at the first call, where the model has no residual branch.
+        StepError: at a call of a bare model that goes on after the schedule's last step, that comes from a second
+            thread before the first one's trajectory has ended, or that repeats the last one's timestep; of a pipeline
+            when its scheduler's ``set_timesteps`` is given another number of steps than the schedule has.
+    """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule must be a smoothcache Schedule, got {type(schedule).__name__}; "
+            "make one with Schedule(...), Schedule.uniform(...) or calibration.schedule(...)"
+        )
+    if calls_per_step is not None:
+        calls_per_step = whole_number(calls_per_step, "calls_per_step", 1, SmoothCacheError)
+    if mode is not None:
+        instance(mode, "mode", str, "one of torch.compile's, such as 'reduce-overhead'")
+    if options is not None:
+        instance(options, "options", Mapping, "torch.compile's options, by name")
+    fullgraph = flag(fullgraph, "fullgraph")
+    dynamic = None if dynamic is None else flag(dynamic, "dynamic")
+    _tell_variants(schedule)
+    settings = {"backend": backend, "mode": mode, "dynamic": dynamic, "fullgraph": fullgraph, "options": options}
+    if not is_pipeline(model_or_pipeline):
+        check_compilable(model_or_pipeline)
+        _install(model_or_pipeline, schedule, Clock(schedule.steps, calls_per_step, schedule.timesteps), settings)
+        return model_or_pipeline
+    if calls_per_step not in (None, 1):
+        raise ValueError(f"calls_per_step is {calls_per_step}, but a pipeline's scheduler tells where a step ends")
+    models = denoisers(model_or_pipeline)
+    if not _join(model_or_pipeline, models, schedule, settings):
+        for name in models:
+            check_compilable(model_or_pipeline.components[name])
+        shared = SchedulerClock(schedule.steps, schedule.timesteps)
+        _inner_compiler(settings)  # raises for bad arguments before anything is replaced
+        forwards = [_install(model, schedule, DenoiserClock(shared), settings) for model in models.values()]
+        for forward in forwards:
+            forward.peers = forwards
+            forward.undo_context = follow_cache_context(forward.model, forward.session.clock)
+        shared.attach(model_or_pipeline)
+    return model_or_pipeline
+
+
+def _tell_variants(schedule: Schedule) -> None:
+    if schedule.variants > MANY_VARIANTS:
+        log.warning(
+            "the schedule makes up to %d variants, each of which is compiled: rows='joint' or max_variants= of "
+            "Calibration.schedule make fewer",
+            schedule.variants,
+        )
+    else:
+        log.info("up to %d variants will be compiled for each graph of the model", schedule.variants)
+
+
+def _install(
+    model: torch.nn.Module, schedule: Schedule, clock: StepClock, settings: Mapping[str, Any]
+) -> CompiledForward:
+    session = Session(schedule, _inner_compiler(settings), clock, model)
+    session.close_with(model)
+    place = ForwardPlace(model)
+    compiled = Traced(
+        place.forward,
+        session,
+        dynamic=settings["dynamic"],
+        fullgraph=settings["fullgraph"],
+        guard_filter_fn=(settings["options"] or {}).get("guard_filter_fn"),
+    )
+    forward = CompiledForward(place, session, compiled, settings)
+    forward.install(place)
+    return forward
+
+
+def _inner_compiler(settings: Mapping[str, Any]) -> InnerCompiler:
+    options = {name: value for name, value in (settings["options"] or {}).items() if name != "guard_filter_fn"}
+    return inner_compiler(settings["backend"], settings["mode"], options or None, settings["dynamic"])
+
+
+def _join(
+    pipeline: Any, models: Mapping[str, torch.nn.Module], schedule: Schedule, settings: Mapping[str, Any]
+) -> bool:
+    """Let the denoisers, if another pipeline's ``compile`` has compiled them, follow this one's scheduler too."""
+    forwards = [forward_of(model) for model in models.values()]
+    if None in forwards:
+        return False
+    clocks = [forward.session.clock for forward in forwards]
+    if not all(isinstance(clock, DenoiserClock) and clock.shared is clocks[0].shared for clock in clocks):
+        return False
+    shared = clocks[0].shared
+    if shared.follows(pipeline):
+        return False
+    if any(forward.session.schedule != schedule or forward.settings != settings for forward in forwards):
+        raise CompiledError(
+            f"{', '.join(models)} of {type(pipeline).__name__} is compiled already, for another pipeline with another "
+            "schedule or other options: give the same ones to share it, or call smoothcache.remove(pipeline) first"
+        )
+    shared.attach(pipeline)
+    return True
+
+
+def check_compilable(model: Any) -> None:
+    """Raise for what is no plain module, has been compiled before, or is in training mode."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"expected a torch.nn.Module, got {type(model).__name__}; a pipeline has components and a scheduler"
+        )
+    if forward_of(model) is not None:
+        raise CompiledError(
+            f"{type(model).__name__} is compiled already: call smoothcache.remove(model) first to compile it with "
+            "another schedule"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise CompiledError(
+            "the model is wrapped by torch.compile: pass the module itself (model._orig_mod); smoothcache.compile "
+            "does what torch.compile does"
+        )
+    if model.training:
+        raise CompiledError(
+            f"{type(model).__name__} is in training mode, but caching is for inference: call model.eval() first"
+        )
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise CompiledError(
+            "model.compile() was called on the model, so its forward would be passed by: build it without that; "
+            "smoothcache.compile does what torch.compile does"
+        )
+
+
+def remove(model_or_pipeline: Model) -> Model:
+    """Give the module its own forward back and free the caches. Returns the same object.
+
+    Of a pipeline everything is given back: the denoisers' forwards, the schedulers, also for other pipelines that
+    share the denoisers.
+    """
+    for forward in compiled_forwards(model_or_pipeline).values():
+        forward.uninstall()
+        clock = forward.session.clock
+        if isinstance(clock, DenoiserClock):
+            clock.shared.denoisers.remove(clock)
+            if not clock.shared.denoisers:
+                clock.shared.detach()
+    return model_or_pipeline
+
+
+def reset(model_or_pipeline: Any) -> None:
+    """Begin a trajectory: the next call is step 0. From the first use on, only this begins a trajectory.
+
+    Of a pipeline, whose scheduler tells the step, it forgets what is cached.
+    """
+    for forward in compiled_forwards(model_or_pipeline).values():
+        forward.session.clock.begin()
+
+
+@contextlib.contextmanager
+def disabled(model_or_pipeline: Any) -> Iterator[None]:
+    """Run the original forward, uncompiled and uncached, inside the ``with``. The schedule's step stays where it is.
+
+    Of a pipeline any number of steps may be run inside.
+    """
+    forwards = compiled_forwards(model_or_pipeline).values()
+    clocks = [f.session.clock.shared for f in forwards if isinstance(f.session.clock, DenoiserClock)]
+    before = [forward.enabled for forward in forwards], [clock.following for clock in clocks]
+    for forward in forwards:
+        forward.enabled = False
+    for clock in clocks:
+        clock.following = False
+    try:
+        yield
+    finally:
+        for forward, enabled in zip(forwards, before[0], strict=True):
+            forward.enabled = enabled
+        for clock, following in zip(clocks, before[1], strict=True):
+            clock.following = following

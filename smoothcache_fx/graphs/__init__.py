@@ -1,0 +1,1 @@
+"""Graphs and figures as text: Python code, drawings, differences, tables."""

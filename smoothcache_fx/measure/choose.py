@@ -1,0 +1,235 @@
+"""``choose``: the schedule that is best for a budget, or cheapest for a quality, by sampling with a few of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..calibration.calibration import Calibration
+from ..calibration.optimal import even_row, every_nth_row, joint_plan
+from ..checks import function, instance, number_of, some_of, whole_number
+from ..compiled.compiler import compile, remove
+from ..errors import CalibrationError
+from ..graphs.tables import Printable, format_table
+from ..reports.compare import Metric, as_vector, psnr
+from ..schedules.schedule import HIGHEST_ORDER, Schedule
+from .calibrate import calibrate
+from .sensitivity import measure_sensitivity
+
+#: Schedules of one budget that are tried before a larger budget is, where a quality is asked for.
+TRIED = 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A schedule that was sampled with.
+
+    Attributes:
+        rows: where its rows come from: ``optimal``, ``even`` or ``every n-th``.
+        schedule: itself.
+        predicted: `Calibration.predicted_error`.
+        metric: what was measured.
+    """
+
+    rows: str
+    schedule: Schedule
+    predicted: float
+    metric: float
+
+
+@dataclass(frozen=True)
+class Choice(Printable):
+    """What ``choose`` found; ``print`` it.
+
+    Attributes:
+        schedule: the one to compile with.
+        metric: what was measured of it; infinite where it computes everything.
+        trials: all that were sampled with, in that order.
+        trajectories: calls of ``sample``, the calibration's among them.
+        calibration: with sensitivities; for schedules of other budgets.
+    """
+
+    schedule: Schedule
+    metric: float
+    trials: tuple[Trial, ...]
+    trajectories: int
+    calibration: Calibration
+
+    def __str__(self) -> str:
+        table = [("rows", "order", "compute", "predicted error", "metric", "")]
+        for trial in self.trials:
+            schedule = trial.schedule
+            chosen = "chosen" if schedule is self.schedule else ""
+            figures = f"{schedule.compute_fraction:.2f}", f"{trial.predicted:.4f}", f"{trial.metric:.4g}"
+            table.append((trial.rows, str(schedule.order), *figures, chosen))
+        end = "" if any(trial.schedule is self.schedule for trial in self.trials) else "\nchosen: compute everything"
+        return f"{format_table(table)}{end}\n({self.trajectories} runs of sample)"
+
+
+def choose(
+    model_or_pipeline: Any,
+    sample: Callable[[Any], Any],
+    *,
+    compute: float | None = None,
+    at_least: float | None = None,
+    metric: Metric | None = None,
+    orders: Sequence[int] = (0, 1, 2),
+    lags: int = 5,
+    trajectories: int = 20,
+    probes: int = 4,
+    calibration: Calibration | None = None,
+    steps: int | None = None,
+    calls_per_step: int | None = None,
+    backend: str = "eager",
+    progress: bool = True,
+    **options: Any,
+) -> Choice:
+    """Pick rows and order by measuring: the best schedule for a budget, or the cheapest that is good enough.
+
+    ``sample`` is run uncached to calibrate, ``probes + 1`` times for sensitivities, and once with each schedule that
+    is tried: of each order the optimal rows, evenly spaced ones, and every n-th step, the last too if the budget has
+    room for it; those of the least predicted error first. All sites share a row. Afterwards the model is as it was.
+
+    Args:
+        model_or_pipeline: in eval mode and not compiled, as for ``compile``.
+        sample: called with the model or pipeline; runs whole trajectories from fixed seeds and returns the samples.
+            The more samples, the better what is chosen holds for others.
+        compute: the largest share of the branches' FLOPs to compute, in (0, 1].
+        at_least: in place of compute: what the metric must reach. The least share that does is searched by bisection.
+        metric: a function of what ``sample`` returned uncached and cached, the higher the better; by default the PSNR
+            in dB.
+        orders: of the forecasts that are tried, of 0 to 2.
+        lags: the longest reuse.
+        trajectories: how often ``sample`` may be run in all.
+        probes: steps probed for sensitivities.
+        calibration: in place of calibrating and probing, such as ``Choice.calibration`` of the same ``sample`` for
+            another budget; ``sample`` is run uncached once all the same, to compare with. ``lags`` and ``probes`` then
+            have no effect.
+        steps: of a trajectory, if they cannot be seen from the timesteps.
+        calls_per_step, backend, options: as for ``compile``. The default backend compiles nothing.
+        progress: show progress bars (needs tqdm).
+
+    Raises:
+        CalibrationError: if not exactly one of compute and at_least is given, one argument is out of range,
+            ``trajectories`` leaves none to try a schedule, no schedule meets the budget, or ``calibration``
+            was not made with as high an order.
+    """
+    if (compute is None) == (at_least is None):
+        raise CalibrationError(f"compute is {compute} and at_least is {at_least}; give exactly one of them")
+    name, given = ("compute", compute) if at_least is None else ("at_least", at_least)
+    wanted = number_of(given, name, "a number", CalibrationError)
+    function(sample, "sample", "the model or pipeline that runs it")
+    if metric is not None:
+        function(metric, "metric", "the uncached and the cached samples")
+    orders = some_of(orders, "orders", range(HIGHEST_ORDER + 1), CalibrationError)
+    if not orders:
+        raise CalibrationError("orders is empty, expected some of 0, 1 and 2")
+    probes = whole_number(probes, "probes", 1, CalibrationError)
+    trajectories = whole_number(trajectories, "trajectories", 1, CalibrationError)
+    if calibration is not None:
+        instance(calibration, "calibration", Calibration, "calibrate makes one, and Calibration.load reads it")
+    before = probes + 2 if calibration is None else 1
+    if not trajectories > before:
+        raise CalibrationError(
+            f"trajectories is {trajectories}, of which calibration and probes take {before}: none is left to try a "
+            "schedule with; allow more, or probe less"
+        )
+    if calibration is None:
+        seen: list[Any] = []
+        calibration = calibrate(
+            model_or_pipeline,
+            lambda model: seen.append(sample(model)),
+            lags=lags,
+            order=max(orders),
+            steps=steps,
+            calls_per_step=calls_per_step,
+            progress=progress,
+        )
+        reference = seen[0]
+        as_vector(reference)  # an error before many runs, if nothing can be measured of it
+        calibration = measure_sensitivity(
+            model_or_pipeline, sample, calibration, probes=probes, calls_per_step=calls_per_step, progress=progress
+        )
+    else:
+        joint_plan(calibration, max(orders), None)  # an error if it lacks what predictions need
+        reference = sample(model_or_pipeline)
+        as_vector(reference)
+    trials: list[Trial] = []
+
+    def tried(candidates: Iterator[tuple[str, Schedule, float]], most: int) -> Iterator[Trial]:
+        for (rows, schedule, predicted), _ in zip(candidates, range(most), strict=False):
+            if before + len(trials) == trajectories:
+                return
+            compile(model_or_pipeline, schedule, backend=backend, calls_per_step=calls_per_step, **options)
+            try:
+                value = sample(model_or_pipeline)
+            finally:
+                remove(model_or_pipeline)
+            measured = psnr(as_vector(reference), as_vector(value)) if metric is None else metric(reference, value)
+            trials.append(Trial(rows, schedule, predicted, float(measured)))
+            yield trials[-1]
+
+    if at_least is None:
+        count = _count(calibration, wanted)
+        best = max(tried(_candidates(calibration, count, orders), trajectories), key=lambda trial: trial.metric)
+    else:
+        best = None
+        fewest, most = math.ceil(calibration.steps / (calibration.lags + 1)), calibration.steps
+        while fewest < most and before + len(trials) < trajectories:
+            count = (fewest + most) // 2
+            good = (t for t in tried(_candidates(calibration, count, orders), TRIED) if t.metric >= wanted)
+            found = next(good, None)
+            if found is None:
+                fewest = count + 1
+            else:
+                best, most = found, count
+    everything = Schedule.uniform(calibration.steps, 1)
+    schedule, measured = (everything, math.inf) if best is None else (best.schedule, best.metric)
+    return Choice(schedule, measured, tuple(trials), before + len(trials), calibration)
+
+
+def _count(calibration: Calibration, compute: float) -> int:
+    """How many steps the best schedule for a budget computes."""
+    schedule = calibration.schedule(compute=compute, solver="optimal", order=0)
+    return sum(next(iter(schedule.compute.values())))
+
+
+def _candidates(calibration: Calibration, count: int, orders: Sequence[int]) -> Iterator[tuple[str, Schedule, float]]:
+    """Schedules that compute at most so many steps, what their rows are and their predicted errors: least first."""
+    steps = calibration.steps
+    found: dict[Schedule, tuple[str, float]] = {}
+    for order in sorted(set(orders)):
+        try:
+            optimal = calibration.schedule(compute=count / steps, solver="optimal", order=order)
+        except CalibrationError:  # forecasts need more computed steps, as after guidance is switched off
+            if order == max(orders) and not found:
+                raise
+            continue
+        uniform = every_nth_row(steps, count)
+        uniform[-1] |= sum(uniform) < count
+        rows = {"every n-th": uniform}
+        if count > 1:
+            rows["even"] = even_row(steps, count)
+        for name, schedule in (
+            ("optimal", optimal),
+            *(
+                (
+                    name,
+                    Schedule(
+                        steps,
+                        dict.fromkeys(optimal.compute, row),
+                        order=order,
+                        flops=optimal.flops,
+                        timesteps=optimal.timesteps,
+                    ),
+                )
+                for name, row in rows.items()
+            ),
+        ):
+            predicted = calibration.predicted_error(schedule)
+            if math.isfinite(predicted):
+                found.setdefault(schedule, (name, predicted))
+    for schedule, (name, predicted) in sorted(found.items(), key=lambda item: item[1][1]):
+        yield name, schedule, predicted

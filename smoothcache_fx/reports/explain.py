@@ -1,0 +1,356 @@
+"""``explain`` and ``dump``: look at what would be cached, and at the graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..capture import _torch
+from ..capture.dumping import write_session
+from ..capture.inner import inner_compiler
+from ..capture.session import Program, Session, breaks_of, share_outside
+from ..capture.variants import GraphBuilder
+from ..capture.ways import Traced
+from ..checks import instance
+from ..compiled.forward import ForwardPlace, check_inference, compiled_forwards, forward_of, no_sites_error
+from ..errors import CompiledError
+from ..graphs.tables import Printable, format_bytes, format_flops, format_table
+from ..passes.facts import tensor_value
+from ..passes.flops import concrete
+from ..runtime.calls import ModelCall
+from ..runtime.clock import Clock
+from ..runtime.dispatch import Binding, SiteInfo
+from ..runtime.pipelines import first_calls, is_pipeline
+from ..schedules.schedule import Schedule
+from .prediction import Prediction, predict, predictions_together
+from .report import describe_breaks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SiteExplanation:
+    """One site: where it is, what it would cache and what that saves, in one call of the model.
+
+    Attributes:
+        name, group, kind: as in schedules.
+        shapes: of the cached values, one per branch.
+        gates: per branch, the shapes of the factors applied between cache and residual add.
+        flops: work that is saved when the site is reused.
+        cache_bytes: memory for one stream.
+    """
+
+    name: str
+    group: str
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    gates: tuple[tuple[tuple[int, ...], ...], ...]
+    flops: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class AddExplanation:
+    """An add of two tensors that is no site's: its name in the graph, the reason, the module and the source line."""
+
+    node: str
+    reason: str
+    module: str
+    source: str | None
+
+
+@dataclass
+class Explanation(Printable):
+    """What ``explain`` found; ``print`` it.
+
+    Attributes:
+        model: name of the model's class.
+        sites, adds: what can be cached, and adds that were looked at and not taken.
+        graphs: graphs that the model was captured as.
+        flops: of one uncached call.
+        breaks: lines of the model that broke the graph, with the reason, and how many graphs ended there.
+        lost_share: FLOPs of blocks that lie in no site, over ``flops``, where the graph broke.
+        whole: modules that are one op in the graph and run uncompiled, since the graph would break inside of them.
+        prediction: of the schedule, if one was given.
+    """
+
+    model: str
+    sites: list[SiteExplanation]
+    adds: list[AddExplanation]
+    graphs: int
+    flops: int
+    breaks: Counter[str] = field(default_factory=Counter)
+    lost_share: float = 0.0
+    whole: tuple[str, ...] = ()
+    prediction: Prediction | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory for one stream if all sites are cached."""
+        return sum(site.cache_bytes for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as dictionaries, lists and numbers, for JSON."""
+        found = {**asdict(self), "breaks": dict(self.breaks), "cache_bytes": self.cache_bytes}
+        if self.prediction is not None:
+            found["prediction"]["speedup"] = self.prediction.speedup
+        return found
+
+    def groups(self) -> dict[str, list[SiteExplanation]]:
+        """The sites by group, in the model's order."""
+        groups: dict[str, list[SiteExplanation]] = {}
+        for site in self.sites:
+            groups.setdefault(site.group, []).append(site)
+        return groups
+
+    def __str__(self) -> str:
+        rows = [("group", "kind", "sites", "shape", "gate", "FLOPs", "share", "cache")]
+        for group, sites in self.groups().items():
+            flops = sum(site.flops for site in sites)
+            rows.append(
+                (
+                    group,
+                    sites[0].kind,
+                    str(len(sites)),
+                    " + ".join(str(list(shape)) for shape in sites[0].shapes),
+                    " + ".join(" * ".join(str(list(shape)) for shape in gate) or "none" for gate in sites[0].gates),
+                    format_flops(flops),
+                    f"{flops / max(1, self.flops):.1%}",
+                    format_bytes(sum(site.cache_bytes for site in sites)),
+                )
+            )
+        inside = sum(site.flops for site in self.sites)
+        lines = [
+            f"{self.model}: {len(self.sites)} sites in {self.graphs} graph{'s' if self.graphs != 1 else ''}",
+            format_table(rows),
+            f"{format_flops(self.flops)} a call, {inside / max(1, self.flops):.1%} of it in sites, "
+            + f"{format_bytes(self.cache_bytes)} of cache a stream",
+        ]
+        if self.prediction is not None:
+            lines.append(str(self.prediction))
+        lines.extend(describe_breaks(self.breaks, self.lost_share, self.whole))
+        lines.extend(self._rejected())
+        return "\n".join(lines)
+
+    def _rejected(self) -> Iterator[str]:
+        by_reason: dict[str, list[AddExplanation]] = {}
+        for add in self.adds:
+            by_reason.setdefault(add.reason, []).append(add)
+        if by_reason:
+            yield "adds not taken:"
+        for reason, adds in by_reason.items():
+            example = f", such as {adds[0].source}" if adds[0].source else ""
+            yield f"  {len(adds)}: {reason}{example}"
+
+
+def explain(model_or_pipeline: Any, *args: Any, schedule: Schedule | None = None, **kwargs: Any) -> Explanation:
+    """What could be cached in the model, for these inputs.
+
+    A model that is one graph is captured and not run: nothing is computed, and weights and inputs may be fake or on
+    the meta device. One that is not is run, uncompiled: once, and again where graph breaks keep work out of sites.
+
+    Args:
+        model_or_pipeline: the transformer, compiled or not, in eval mode; or a pipeline.
+        args, kwargs: inputs of one call. Of a pipeline one function, called with it, that runs it: the inputs are those
+            of its denoiser's first call, at which the run ends. Where there are two denoisers, it goes on until both
+            were called; names then begin with the component's, and ``schedule`` is taken as if both were called at
+            every step.
+        schedule: also predict what it costs and saves.
+
+    Raises:
+        TypeError: it is neither a module nor a pipeline, or a pipeline was given without a function.
+        NoSitesError: the model has no residual branch; says what was looked at.
+        CompiledError: the model is in training mode, or an input requires gradients.
+        ScheduleError: two selectors of the schedule contradict each other.
+
+    Example:
+        >>> print(explain(transformer, latents, timestep, encoder_hidden_states=prompt))
+        >>> print(explain(pipe, lambda pipe: pipe("a lighthouse", num_inference_steps=28)))
+    """
+    if is_pipeline(model_or_pipeline):
+        if kwargs or len(args) != 1 or not callable(args[0]):
+            raise TypeError(
+                f"explain of {type(model_or_pipeline).__name__} takes one function that runs it, such as "
+                "explain(pipe, lambda pipe: pipe(prompt)), from whose first call of the denoiser the inputs are taken"
+            )
+        calls = first_calls(model_or_pipeline, args[0])
+        found = {name: explain(model, *a, schedule=schedule, **k) for name, (model, a, k) in calls.items()}
+        return next(iter(found.values())) if len(found) == 1 else _together(found)
+    model = model_or_pipeline
+    if schedule is not None:
+        instance(schedule, "schedule", Schedule, "Calibration.schedule or Schedule.uniform makes one")
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module or a pipeline, got {type(model).__name__}")
+    check_inference(model, args, kwargs)
+    with torch.no_grad():
+        history = Schedule(steps=1)
+        if schedule is not None:
+            history = Schedule(1, order=schedule.highest_order, history_dtype=schedule.history_dtype)
+        session = _captured_only(model, history, args, kwargs) or _captured_and_run(model, history, args, kwargs)
+    try:
+        return _explain_session(model, session, schedule)
+    finally:
+        session.close()
+
+
+def _together(found: Mapping[str, Explanation]) -> Explanation:
+    """One explanation of a pipeline's denoisers."""
+    each = found.values()
+    predictions = [one.prediction for one in each if one.prediction is not None]
+    weights = [one.flops for one in each]
+    return Explanation(
+        model=", ".join(f"{name} ({one.model})" for name, one in found.items()),
+        sites=[
+            replace(site, name=f"{name}: {site.name}", group=f"{name}: {site.group}")
+            for name, one in found.items()
+            for site in one.sites
+        ],
+        adds=[add for one in each for add in one.adds],
+        graphs=sum(one.graphs for one in each),
+        flops=sum(weights),
+        breaks=sum((one.breaks for one in each), Counter()),
+        lost_share=max(one.lost_share for one in each),
+        whole=tuple(name for one in each for name in one.whole),
+        prediction=predictions_together(predictions, weights) if predictions else None,
+    )
+
+
+class _Captured(BaseException):
+    """The model is captured; there is no need to run it. No Exception: nothing on the way may handle it."""
+
+
+class _NotRun:
+    """The dispatcher of a graph that need not run."""
+
+    _boxed_call = True
+    binding: Binding | None = None
+
+    def __call__(self, inputs: list[Any]) -> Sequence[Any]:
+        raise _Captured
+
+    def close(self) -> None:
+        pass
+
+
+class _CaptureSession(Session):
+    def dispatcher(self, builder: GraphBuilder) -> _NotRun:
+        return _NotRun()
+
+
+def _new_session(kind: type[Session], model: torch.nn.Module, history: Schedule) -> Session:
+    session = kind(history, inner_compiler("eager", None, None, None), Clock(1), model)
+    session.current.call = ModelCall(session.clock.tick())
+    return session
+
+
+def _captured_only(
+    model: torch.nn.Module, history: Schedule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Session | None:
+    """The model's session after capture, or None if it is not one graph. Python between graphs may read values."""
+    place, compiled = ForwardPlace(model), forward_of(model)
+    if place.attribute != "forward":
+        return None  # hooks move weights and inputs to where they can be captured
+    session = _new_session(_CaptureSession, model, history)
+    forward = place.forward if compiled is None else compiled.original
+    try:
+        _torch.dynamo_compile(forward, session, fullgraph=True)(*args, **kwargs)
+    except _Captured:
+        return session
+    except Exception as error:  # noqa: BLE001 - the run that follows raises it again, if it is not of the capture
+        log.info("not one graph, so the model is run: %s", error)
+    session.close()
+    return None
+
+
+def _captured_and_run(
+    model: torch.nn.Module, history: Schedule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Session:
+    session = _new_session(Session, model, history)
+    with _forward_replaced(model, session) as forward:
+        forward(*args, **kwargs)
+    return session
+
+
+def _explain_session(model: torch.nn.Module, session: Session, schedule: Schedule | None) -> Explanation:
+    programs = session.programs
+    sites = [
+        _explain_site(program, index, info)
+        for program in programs
+        for binding in program.bindings
+        for index, info in enumerate(binding.sites)
+    ]
+    if not sites:
+        raise no_sites_error(model, session)
+    breaks = breaks_of(session)
+    return Explanation(
+        model=type(model).__name__,
+        sites=sites,
+        adds=[
+            AddExplanation(add.node.name, add.reason, add.module, add.source)
+            for program in programs
+            for add in program.builder.rejections
+        ],
+        graphs=len(programs),
+        flops=sum(program.builder.flops * len(program.bindings) for program in programs),
+        breaks=breaks,
+        lost_share=share_outside(session) if breaks else 0.0,
+        whole=session.whole,
+        prediction=None if schedule is None else predict(programs, schedule),
+    )
+
+
+@contextlib.contextmanager
+def _forward_replaced(model: torch.nn.Module, session: Session) -> Iterator[Callable[..., Any]]:
+    """The model's forward captured for the session, with the hooks around it that move weights between devices."""
+    place, compiled = ForwardPlace(model), forward_of(model)
+    traced = Traced(place.forward if compiled is None else compiled.original, session)
+    if compiled is not None and place.forward is not compiled:
+        yield traced  # somebody has wrapped the compiled forward
+        return
+    place.put(traced)
+    try:
+        yield model.forward
+    finally:
+        place.put(place.forward)
+
+
+def _explain_site(program: Program, index: int, info: SiteInfo) -> SiteExplanation:
+    site = program.builder.sites[index]
+    shapes = tuple(tuple(concrete(size) for size in tensor_value(output).shape) for output in site.outputs)
+    return SiteExplanation(info.name, info.group, info.kind, shapes, site.gates, site.flops, site.cache_bytes)
+
+
+def dump(model_or_pipeline: Any, directory: str | PathLike[str]) -> list[Path]:
+    """Write the graphs of a compiled model: captured, guarded, and each variant made so far.
+
+    Each is a Python file that runs and a Graphviz drawing (also an SVG, where Graphviz is installed); ``sites.json``
+    has sites, masks and where Inductor's code lies, ``README.md`` says what is what. Where a pipeline has two denoisers
+    each has a folder of its own, by its component's name. With the environment variable
+    ``SMOOTHCACHE_DUMP=directory`` every compiled model writes its own whenever it has a new variant.
+
+    Returns:
+        The files written, the index first: ``README.md``, ``sites.json``, ``graph_0/captured.py``, ...
+
+    Raises:
+        CompiledError: it is not compiled, or has not run since.
+
+    Example:
+        >>> dump(pipe, "graphs")
+    """
+    forwards = compiled_forwards(model_or_pipeline)
+    run = {name: forward for name, forward in forwards.items() if forward.session.programs}
+    if not run:
+        raise CompiledError("nothing is captured yet: run what you have compiled once, then dump its graphs")
+    written = []
+    for name, forward in run.items():
+        folder = Path(directory, name) if len(forwards) > 1 else Path(directory)
+        written += write_session(forward.session, type(forward.model).__name__, folder)
+    return written

@@ -1,0 +1,105 @@
+"""What a schedule costs and saves, counted on the graphs of its variants before any is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+from ..capture.session import Program, plan_sites
+from ..graphs.tables import format_bytes
+from ..passes import count_bytes, count_flops, narrow
+from ..plots import plot_costs
+from ..runtime.dispatch import Mask
+from ..schedules.schedule import Schedule
+from .html import prediction_html
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a schedule costs and saves, for the inputs that were given.
+
+    Attributes:
+        variants: graphs to compile.
+        mac_ratio: FLOPs of the uncached trajectory over those of the scheduled one.
+        byte_ratio: the same of the bytes that must be moved: weights, inputs and outputs of matmuls, caches.
+        cache_bytes: memory for one stream: outputs of the sites that are ever reused, with what forecasts look back to.
+        step_shares: FLOPs of each step over those of an uncached one.
+    """
+
+    variants: int
+    mac_ratio: float
+    byte_ratio: float
+    cache_bytes: int
+    step_shares: tuple[float, ...]
+
+    @property
+    def speedup(self) -> tuple[float, float]:
+        """The range in which the speed-up lies, if each step takes the time of its arithmetic or of its traffic.
+
+        The roofline model: from all steps limited by memory to all limited by arithmetic, or the other way round.
+        What an inner compiler and the host add is not in it.
+        """
+        return min(self.mac_ratio, self.byte_ratio), max(self.mac_ratio, self.byte_ratio)
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw the cost of each step. Needs matplotlib (the extra ``plot``)."""
+        plot_costs(self.step_shares, path, label="FLOPs over an\nuncached step's", title="Arithmetic of each step")
+
+    def _repr_html_(self) -> str:
+        return prediction_html(self)
+
+    def __str__(self) -> str:
+        low, high = self.speedup
+        variants = f"{self.variants} variant{'s' if self.variants != 1 else ''}"
+        return (
+            f"with this schedule: {variants}, MAC ratio {self.mac_ratio:.2f}, predicted speed-up {low:.2f} to "
+            f"{high:.2f}, {format_bytes(self.cache_bytes)} of cache a stream"
+        )
+
+
+def predict(programs: Sequence[Program], schedule: Schedule) -> Prediction:
+    """The prediction for a model that was captured as these programs. Raises ``ScheduleError`` as ``row_for`` does."""
+    flops, moved = [0] * schedule.steps, [0] * schedule.steps
+    variants = uncached_flops = uncached_bytes = cache_bytes = 0
+    for program in programs:
+        builder = program.builder
+        costs: dict[Mask, tuple[int, int]] = {}
+        for binding in program.bindings:
+            plan = plan_sites(schedule, binding.sites)
+            orders = plan.orders or [0] * len(binding.sites)
+            cache_bytes += sum(
+                site.cache_bytes + order * site.history_bytes
+                for i, (site, order) in enumerate(zip(binding.sites, orders, strict=True))
+                if plan.store >> i & 1
+            )
+            for step in range(schedule.steps):
+                mask = plan.mask(plan.compute[step])
+                if mask not in costs:
+                    graph = builder.graph(mask)
+                    costs[mask] = count_flops(graph.graph), count_bytes(narrow(graph).graph)
+                flops[step] += costs[mask][0]
+                moved[step] += costs[mask][1]
+        variants += len(costs)
+        uncached_flops += builder.flops * len(program.bindings)
+        uncached_bytes += count_bytes(builder.captured.graph) * len(program.bindings)
+    return Prediction(
+        variants=variants,
+        mac_ratio=uncached_flops * schedule.steps / max(1, sum(flops)),
+        byte_ratio=uncached_bytes * schedule.steps / max(1, sum(moved)),
+        cache_bytes=cache_bytes,
+        step_shares=tuple(cost / max(1, uncached_flops) for cost in flops),
+    )
+
+
+def predictions_together(predictions: Sequence[Prediction], flops: Sequence[int]) -> Prediction:
+    """One prediction for models that are called equally often, whose uncached calls take so many FLOPs."""
+    weights = [count / sum(flops) for count in flops]
+    shares = zip(*(one.step_shares for one in predictions), strict=True)
+    return Prediction(
+        variants=sum(one.variants for one in predictions),
+        mac_ratio=1 / sum(weight / one.mac_ratio for weight, one in zip(weights, predictions, strict=True)),
+        byte_ratio=1 / sum(weight / one.byte_ratio for weight, one in zip(weights, predictions, strict=True)),
+        cache_bytes=sum(one.cache_bytes for one in predictions),
+        step_shares=tuple(sum(w * share for w, share in zip(weights, step, strict=True)) for step in shares),
+    )

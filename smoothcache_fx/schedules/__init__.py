@@ -1,0 +1,1 @@
+"""Which branch is computed at which step: rows, selectors, files, coefficients of forecasts. No torch."""
