@@ -33,9 +33,9 @@ from .branches import addends
 from .facts import aten, is_product, packet, prims, same_sizes, tensor_value
 from .flops import concrete
 from .forecast import CAST, FORECAST, read_forecast
-from .guard import CACHE, copy_graph, emit, with_graph
+from .guard import CACHE
 from .lowering import Lowering
-from .specialize import remove_dead_code
+from .rewriting import copy_graph, emit, remove_dead_code, with_graph
 
 log = logging.getLogger(__name__)
 ops = torch.ops.smoothcache

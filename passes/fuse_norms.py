@@ -27,8 +27,7 @@ from ..kernels import residual_accumulate_norm, residual_norm  # noqa: F401 - re
 from ..kernels._norms import WIDEST
 from ..kernels.operands import DTYPES
 from .facts import aten, packet, prims, tensor_value
-from .guard import copy_graph, with_graph
-from .specialize import remove_dead_code
+from .rewriting import copy_graph, remove_dead_code, with_graph
 
 log = logging.getLogger(__name__)
 ops = torch.ops.smoothcache

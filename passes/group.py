@@ -29,9 +29,9 @@ from torch.utils._pytree import tree_leaves
 from ..kernels import grouped_linear  # noqa: F401 - registers the op
 from ..kernels.operands import DTYPES
 from .facts import aten, packet, prims, tensor_value
-from .guard import CACHE, copy_graph, emit, with_graph
+from .guard import CACHE
 from .names import WEIGHT
-from .specialize import remove_dead_code
+from .rewriting import copy_graph, emit, remove_dead_code, with_graph
 
 log = logging.getLogger(__name__)
 

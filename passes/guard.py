@@ -20,15 +20,14 @@ and stores the fresh value or hands on the stored one. That is slow and exact, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .facts import aten
 from .forecast import difference, forecast, holds_differences
+from .rewriting import copy_graph, with_graph
 from .sites import Site
 
 #: Keys in the metadata of guards and their placeholders: position of the site, position of the buffer.
@@ -60,37 +59,6 @@ def guard(
         older[0].copy_(difference(value, cache, older[0].dtype))
     cache.copy_(value)
     return value
-
-
-def copy_graph(gm: GraphModule) -> tuple[Graph, dict[Node, Node]]:
-    """A copy of the module's graph, and where each node went. Metadata is copied."""
-    graph, mapping = Graph(), {}
-    for node in gm.graph.nodes:
-        mapping[node] = graph.node_copy(node, mapping.__getitem__)
-    graph.set_codegen(gm.graph._codegen)
-    return graph, mapping
-
-
-def with_graph(gm: GraphModule, graph: Graph) -> GraphModule:
-    """A module with this graph and ``gm``'s parameters, once a pass is done with the graph."""
-    graph.lint()
-    result = GraphModule(gm, graph)
-    result.meta.update(gm.meta)
-    return result
-
-
-def emit(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-    """A call at the graph's insertion point, with its value worked out from those of its arguments."""
-    node = graph.call_function(target, args, kwargs)
-    given, named = tree_map(lambda one: one.meta["val"] if isinstance(one, Node) else one, (args, kwargs))
-    fake = next(one for one in tree_leaves((given, named)) if isinstance(one, torch.Tensor))
-    with fake.fake_mode:
-        node.meta["val"] = target(*given, **named)
-    return node
-
-
-def placeholders(graph: Graph) -> list[Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def cache_value(output: Node) -> torch.Tensor:
@@ -146,13 +114,11 @@ def insert_guards(
     histories = iter([caches[i : i + order + 1] for i in range(0, len(caches), order + 1)])
     for index, site in enumerate(sites):
         for output in site.outputs:
-            _insert_guard(graph, mapping[output], next(histories), weights, decisions[index], site)
+            _insert_guard(graph, mapping[output], next(histories), weights, decisions[index])
     return with_graph(gm, graph)
 
 
-def _insert_guard(
-    graph: Graph, value: Node, history: Sequence[Node], weights: Node | None, decision: Node, site: Site
-) -> None:
+def _insert_guard(graph: Graph, value: Node, history: Sequence[Node], weights: Node | None, decision: Node) -> None:
     cache, *older = history
     arguments: tuple[object, ...] = (value, cache, decision)
     after = value
@@ -170,7 +136,6 @@ def _insert_guard(
         if key in value.meta:
             node.meta[key] = value.meta[key]
     node.meta[SITE] = decision.meta[SITE]
-    node.meta["smoothcache_name"] = site.name
 
 
 def guards(graph: Graph) -> list[Node]:

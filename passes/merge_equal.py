@@ -17,7 +17,8 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from .guard import CACHE, copy_graph, with_graph
+from .guard import CACHE
+from .rewriting import copy_graph, with_graph
 
 log = logging.getLogger(__name__)
 

@@ -27,9 +27,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from .facts import aten, packet, tensor_value
 from .flops import count_flops
-from .guard import copy_graph, with_graph
 from .names import WEIGHT
-from .specialize import remove_dead_code
+from .rewriting import copy_graph, remove_dead_code, with_graph
 
 log = logging.getLogger(__name__)
 

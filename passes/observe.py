@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch.fx import GraphModule
 
-from .guard import copy_graph, with_graph
+from .rewriting import copy_graph, with_graph
 from .sites import Site
 
 

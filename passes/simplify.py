@@ -27,8 +27,7 @@ from collections.abc import Callable
 from torch.fx import GraphModule, Node
 
 from .facts import VIEWS_AND_CASTS, aten, is_opaque, is_view_or_cast, packet, prims, same_sizes, tensor_value
-from .guard import copy_graph, with_graph
-from .specialize import remove_dead_code
+from .rewriting import copy_graph, remove_dead_code, with_graph
 
 log = logging.getLogger(__name__)
 

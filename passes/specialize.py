@@ -23,9 +23,10 @@ from collections.abc import Collection, Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .facts import ASSERTIONS, packet, through_views
+from .facts import through_views
 from .forecast import emit_difference, emit_forecast, holds_differences
-from .guard import CACHE, SITE, copy_graph, guards, placeholders, with_graph
+from .guard import CACHE, SITE, guards
+from .rewriting import copy_graph, placeholders, remove_dead_code, with_graph
 
 
 def specialize(
@@ -92,32 +93,6 @@ def _keep_caches_inside(graph: Graph) -> None:
             output.replace_input_with(node, clone)
 
 
-def remove_dead_code(graph: Graph) -> None:
-    """Remove what nobody uses; random ops too, and assertions about it, which must not keep a reused branch alive."""
-    live, pending = set(), [node for node in graph.nodes if node.op == "output" or _has_effect(node)]
-    while pending:
-        node = pending.pop()
-        if node not in live:
-            live.add(node)
-            pending.extend(node.all_input_nodes)
-    for node in reversed(list(graph.nodes)):
-        if packet(node) in ASSERTIONS and live.isdisjoint(node.all_input_nodes):
-            graph.erase_node(node)
-    graph.eliminate_dead_code(is_impure_node=lambda node: _has_effect(node) or packet(node) in ASSERTIONS)
-
-
-def _has_effect(node: Node) -> bool:
-    is_aten = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-    if is_aten and (torch.Tag.nondeterministic_seeded in node.target.tags or packet(node) in ASSERTIONS):
-        return False
-    return node.is_impure()
-
-
 def variant_inputs(variant: GraphModule) -> list[int]:
     """Positions, among the guarded graph's placeholders, of the variant's inputs."""
     return [node.meta["smoothcache_input"] for node in placeholders(variant.graph)]
-
-
-def cache_positions(variant: GraphModule) -> list[int]:
-    """Which of the variant's own inputs are cache buffers."""
-    return [i for i, node in enumerate(placeholders(variant.graph)) if CACHE in node.meta]

@@ -24,8 +24,8 @@ from torch.fx import Graph, GraphModule, Node
 from ..kernels import matmul_store  # noqa: F401 - registers the op
 from .facts import aten, packet, tensor_value
 from .flops import concrete
-from .guard import CACHE, copy_graph, emit, placeholders, with_graph
-from .specialize import remove_dead_code
+from .guard import CACHE
+from .rewriting import copy_graph, emit, placeholders, remove_dead_code, with_graph
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .facts import is_view_or_cast, packet
-from .guard import CACHE, DECISION, guard, placeholders
+from .guard import CACHE, DECISION, guard
+from .rewriting import placeholders
 
 #: Ops that write to their fourth argument.
 WRITERS = ("smoothcache.residual_store", "smoothcache.residual_norm", "smoothcache.matmul_store")

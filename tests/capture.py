@@ -11,7 +11,8 @@ from cases import Case
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture import _torch
 from smoothcache_fx.capture.inner import inner_compiler
-from smoothcache_fx.capture.session import Program, Session
+from smoothcache_fx.capture.program import Program
+from smoothcache_fx.capture.session import Session
 from smoothcache_fx.runtime.calls import ModelCall
 from smoothcache_fx.runtime.clock import Clock
 

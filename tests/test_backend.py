@@ -20,7 +20,7 @@ from cases import randomize
 from oracle import Oracle
 from smoothcache_fx import NoSitesError, Schedule, ScheduleError
 from smoothcache_fx.compiled.forward import compiled_forward
-from smoothcache_fx.runtime.dispatch import Stream
+from smoothcache_fx.runtime.caches import Stream
 
 
 class Branch:
@@ -376,7 +376,7 @@ def test_a_program_frees_the_caches_of_models_that_are_gone(registered, monkeypa
         streams.append(weakref.ref(stream))
         return stream
 
-    monkeypatch.setattr("smoothcache_fx.runtime.dispatch.Stream", noted)
+    monkeypatch.setattr("smoothcache_fx.runtime.binding.Stream", noted)
     options = {"schedule": Schedule(4, {"attn": [1, 0, 1, 0]}), "backend": "eager"}
     for seed in range(3):
         model = torch.compile(randomize(Stack(), seed).eval(), backend="smoothcache", options=options)
@@ -411,7 +411,7 @@ TWO_PROCESSES = """
     import smoothcache_fx as smoothcache
     from capture import Stack, inputs
     from cases import randomize
-    from smoothcache_fx.forward import compiled_forward
+    from smoothcache_fx.compiled.forward import compiled_forward
     from torch._dynamo.utils import counters
 
     torch.set_num_threads(1)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from smoothcache_fx.passes.guard import CACHE, placeholders
+from smoothcache_fx.passes.guard import CACHE
+from smoothcache_fx.passes.rewriting import placeholders
 from torch import nn
 
 import smoothcache_fx as smoothcache
@@ -25,7 +26,7 @@ from smoothcache_fx import CompiledError, Schedule
 from smoothcache_fx.cli.main import main
 from smoothcache_fx.compiled.forward import compiled_forward
 from smoothcache_fx.graphs.diff import count_ops
-from smoothcache_fx.runtime.dispatch import GuardedProgram
+from smoothcache_fx.runtime.dispatch import GuardedDispatcher
 
 ROWS = {"attn": [1, 0, 1, 0], "ffn": [1, 0, 0, 0]}
 
@@ -34,13 +35,13 @@ ROWS = {"attn": [1, 0, 1, 0], "ffn": [1, 0, 0, 0]}
 def given(monkeypatch) -> list[list[object]]:
     """What each call of a captured graph was given, copied."""
     found = []
-    call = GuardedProgram.__call__
+    call = GuardedDispatcher.__call__
 
     def recorded(self, arguments):
         found.append([value.clone() if isinstance(value, torch.Tensor) else value for value in arguments])
         return call(self, arguments)
 
-    monkeypatch.setattr(GuardedProgram, "__call__", recorded)
+    monkeypatch.setattr(GuardedDispatcher, "__call__", recorded)
     return found
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from smoothcache_fx.passes import check_graph, count_flops, insert_guards, run_guarded, specialize
 from smoothcache_fx.passes.forecast import FORECAST
-from smoothcache_fx.passes.guard import guard, placeholders
+from smoothcache_fx.passes.guard import guard
+from smoothcache_fx.passes.rewriting import placeholders
 from smoothcache_fx.passes.specialize import variant_inputs
 from torch import nn
 

@@ -103,7 +103,7 @@ def test_metadata(wheel):
 def test_imports_come_from_the_installed_wheel(python, tmp_path):
     script = """
 import importlib.metadata, json, sys
-import smoothcache_fx, smoothcache_fx.registered
+import smoothcache_fx, smoothcache_fx.capture.registered
 import smoothcache_fx.demo, smoothcache_fx.kernels, smoothcache_fx.passes
 import torch._dynamo
 modules = (smoothcache_fx, smoothcache_fx.passes, smoothcache_fx.kernels, smoothcache_fx.demo)
@@ -111,7 +111,7 @@ modules = (smoothcache_fx, smoothcache_fx.passes, smoothcache_fx.kernels, smooth
 print(json.dumps({
     "files": [module.__file__ for module in modules],
     "version": importlib.metadata.version("smoothcache_fx"),
-    "backend": entry.load() is smoothcache_fx.registered.smoothcache_backend,
+    "backend": entry.load() is smoothcache_fx.capture.registered.smoothcache_backend,
     "listed": "smoothcache" in torch._dynamo.list_backends(),
     "finders": [str(finder) for finder in sys.meta_path if "editable" in str(finder)],
     "path": sys.path,

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smoothcache_fx.runtime.dispatch import Binding, Mask, SiteInfo, Variant, make_plan, picker
+from smoothcache_fx.runtime.binding import Binding
+from smoothcache_fx.runtime.variant import Mask, SiteInfo, Variant, make_plan, picker
 from smoothcache_fx.schedules import coefficients as forecast
 
 ITEMS = list(range(40))

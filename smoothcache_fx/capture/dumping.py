@@ -14,9 +14,10 @@ from torch.fx import GraphModule
 from ..graphs.drawing import as_dot, draw
 from ..graphs.python_code import CONSTANTS, as_python, constants_of, notes
 from ..passes import count_flops
-from ..runtime.dispatch import Mask
+from ..runtime.variant import Mask
 from . import _inductor
-from .session import Program, Session
+from .program import Program
+from .session import Session
 
 INDEX = "README.md"
 SITES = "sites.json"

@@ -30,10 +30,11 @@ from ..passes import (
 )
 from ..passes.facts import tensor_value
 from ..passes.forecast import holds_differences
-from ..passes.guard import CACHE, SITE, SLOT, copy_graph, placeholders, with_graph
+from ..passes.guard import CACHE, SITE, SLOT
+from ..passes.rewriting import copy_graph, placeholders, with_graph
 from ..passes.sites import output_bytes
 from ..passes.specialize import variant_inputs
-from ..runtime.dispatch import Mask, Variant
+from ..runtime.variant import Mask, Variant
 from . import _inductor, _torch
 from .inner import CompileVariant, InnerCompiler
 

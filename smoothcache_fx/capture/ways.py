@@ -17,7 +17,8 @@ import torch
 from ..errors import CompiledError, SmoothCacheError
 from . import _torch
 from .eager_work import flops_by_container
-from .session import CapturedMeanwhile, Program, Session, breaks_of, flops_in_sites, share_outside
+from .program import Program
+from .session import CapturedMeanwhile, Session, breaks_of, flops_in_sites, share_outside
 from .whole import WholeModules, hooked_modules, record
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,9 @@ from ..errors import CalibrationError
 from ..kernels import relative_l1
 from ..passes import observe
 from ..passes.forecast import forecast
+from ..runtime.binding import Binding
 from ..runtime.calls import ModelCall, Moment, StepClock
-from ..runtime.dispatch import Binding, Mask, SiteInfo, Variant
+from ..runtime.variant import Mask, SiteInfo, Variant
 from ..schedules.coefficients import weights
 from ..schedules.schedule import Schedule
 from .sketches import EffectSums, Subset, floating_tensors
@@ -47,7 +48,7 @@ class _Kept:
     subsets: list[torch.Tensor]
 
 
-class ObservedProgram:
+class ObservedDispatcher:
     """The dispatcher of a captured graph that also returns its sites' outputs, which it hands to the recorder."""
 
     _boxed_call = True
@@ -190,8 +191,8 @@ class Recorder(Session):
         times = range(schedule.steps) if schedule.times is None else schedule.times
         return tuple(zip(lags, weights([times[step - lag] for lag in lags], times[step]), strict=True)) if lags else ()
 
-    def dispatcher(self, builder: GraphBuilder) -> ObservedProgram:
-        return ObservedProgram(builder, self)
+    def dispatcher(self, builder: GraphBuilder) -> ObservedDispatcher:
+        return ObservedDispatcher(builder, self)
 
     def record(self, binding: Binding, values: list[list[torch.Tensor]]) -> None:
         """Compare one call's outputs, per site, with those of the steps before in the same trajectory and stream."""

@@ -16,7 +16,8 @@ import torch
 from ..capture import _torch
 from ..capture.dumping import write_session
 from ..capture.inner import inner_compiler
-from ..capture.session import Program, Session, breaks_of, share_outside
+from ..capture.program import Program
+from ..capture.session import Session, breaks_of, share_outside
 from ..capture.variants import GraphBuilder
 from ..capture.ways import Traced
 from ..checks import instance
@@ -25,10 +26,11 @@ from ..errors import CompiledError
 from ..graphs.tables import Printable, format_bytes, format_flops, format_table
 from ..passes.facts import tensor_value
 from ..passes.flops import concrete
+from ..runtime.binding import Binding
 from ..runtime.calls import ModelCall
 from ..runtime.clock import Clock
-from ..runtime.dispatch import Binding, SiteInfo
 from ..runtime.pipelines import first_calls, is_pipeline
+from ..runtime.variant import SiteInfo
 from ..schedules.schedule import Schedule
 from .prediction import Prediction, predict, predictions_together
 from .report import describe_breaks

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-from ..capture.session import Program, plan_sites
+from ..capture.program import Program
+from ..capture.session import plan_sites
 from ..graphs.tables import format_bytes
 from ..passes import count_bytes, count_flops, narrow
 from ..plots import plot_costs
-from ..runtime.dispatch import Mask
+from ..runtime.variant import Mask
 from ..schedules.schedule import Schedule
 from .html import prediction_html
 

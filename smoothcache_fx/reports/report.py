@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Any
 
-from ..capture.session import Program, breaks_of, share_outside
+from ..capture.program import Program
+from ..capture.session import breaks_of, share_outside
 from ..compiled.forward import CompiledForward, compiled_forwards
 from ..errors import CompiledError
 from ..graphs.tables import Printable, format_bytes, format_table

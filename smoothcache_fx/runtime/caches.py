@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .dispatch import Binding, Variant
+    from .binding import Binding
+    from .variant import Variant
 
 log = logging.getLogger(__name__)
 

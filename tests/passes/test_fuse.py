@@ -10,7 +10,7 @@ import torch
 from smoothcache_fx.passes import Lowering, check_graph, fuse, insert_guards, lowering_for, specialize
 from smoothcache_fx.passes.facts import packet
 from smoothcache_fx.passes.forecast import FORECAST
-from smoothcache_fx.passes.guard import placeholders
+from smoothcache_fx.passes.rewriting import placeholders
 from torch import Tensor, nn
 
 import smoothcache_fx as smoothcache

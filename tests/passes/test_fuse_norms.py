@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from smoothcache_fx.passes import check_graph, fuse, fuse_norms, insert_guards, lowering_for, specialize
 from smoothcache_fx.passes.facts import aten, packet, through_views
-from smoothcache_fx.passes.guard import CACHE, placeholders
+from smoothcache_fx.passes.guard import CACHE
+from smoothcache_fx.passes.rewriting import placeholders
 from torch import Tensor, nn
 
 from capture import Attention, Stack, capture, inputs

@@ -23,8 +23,8 @@ from smoothcache_fx.passes import (
 )
 from smoothcache_fx.passes.facts import aten, packet
 from smoothcache_fx.passes.group import LEAST_MEMBERS, MOST_ROWS
-from smoothcache_fx.passes.guard import placeholders
 from smoothcache_fx.passes.names import WEIGHT
+from smoothcache_fx.passes.rewriting import placeholders
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from smoothcache_fx.passes import check_graph, count_flops, narrow, specialize
 from smoothcache_fx.passes.facts import MATMULS, packet
-from smoothcache_fx.passes.guard import placeholders
+from smoothcache_fx.passes.rewriting import placeholders
 from torch import Tensor, nn
 
 from capture import Block, capture, inputs

@@ -7,7 +7,8 @@ import torch
 from smoothcache_fx.passes import check_graph, fuse, insert_guards, lowering_for, specialize
 from smoothcache_fx.passes.facts import aten, is_product, is_view_or_cast, packet
 from smoothcache_fx.passes.forecast import FORECAST
-from smoothcache_fx.passes.guard import CACHE, placeholders
+from smoothcache_fx.passes.guard import CACHE
+from smoothcache_fx.passes.rewriting import placeholders
 from torch.fx import GraphModule, Node
 
 from capture import capture_case

@@ -9,7 +9,8 @@ import pytest
 import torch
 from smoothcache_fx.passes import check_graph, count_flops, insert_guards, specialize, store_products
 from smoothcache_fx.passes.facts import aten, packet
-from smoothcache_fx.passes.guard import CACHE, guards, placeholders
+from smoothcache_fx.passes.guard import CACHE, guards
+from smoothcache_fx.passes.rewriting import placeholders
 from torch import Tensor, nn
 from torch.fx import GraphModule
 

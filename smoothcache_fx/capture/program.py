@@ -1,0 +1,212 @@
+"""A frame that Dynamo captured, and the program that runs in its place: a binding per place in the model."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..passes import container_of, work_outside
+from ..passes.names import WEIGHT, common_module, drop_components, group_of, unique_names
+from ..passes.rewriting import placeholders
+from ..runtime.binding import Binding
+from ..runtime.calls import ModelCall
+from ..runtime.variant import SiteInfo, picker
+from . import _torch
+from .inner import CompileVariant
+from .variants import GraphBuilder
+
+if TYPE_CHECKING:
+    from .session import Session
+
+log = logging.getLogger(__name__)
+
+
+class Frame:
+    """One frame that Dynamo captured: which of its inputs are weights, and what they are called.
+
+    The same frame may run for many modules of one class. Then the inputs at ``weights`` tell where it is.
+    """
+
+    def __init__(self, gm: GraphModule, inputs: Sequence[Any], weight_names: Mapping[int, str]) -> None:
+        self.graph_break = _torch.graph_break(gm)
+        self.break_stack = _torch.break_stack(gm)
+        self._static_names: dict[int, str] = {}
+        for index, (node, value) in enumerate(zip(placeholders(gm.graph), inputs, strict=True)):
+            name = weight_names.get(id(value))
+            if name is not None or isinstance(value, torch.nn.Parameter):
+                self._static_names[index] = name or _torch.source_path(node)
+        #: Positions of the frame's inputs that are parameters or, if it has none, buffers. Moving a module to another
+        #: device (offloading does, at each run) gives it new buffers, but leaves the parameters the same objects.
+        parameters = [i for i in self._static_names if isinstance(inputs[i], torch.nn.Parameter)]
+        self.weights = tuple(parameters or self._static_names)
+        self._parameters = {id(inputs[i]) for i in parameters}
+
+    def has_all_of(self, root: torch.nn.Module | None) -> bool:
+        """Whether all parameters of the model are among the frame's inputs."""
+        return root is not None and self._parameters.issuperset(map(id, root.parameters())) and bool(self._parameters)
+
+    def mark(self, captured: GraphModule) -> None:
+        """Write the weights' names into the captured graph's placeholders, where the passes look for them."""
+        for node in placeholders(captured.graph):
+            index = _torch.dynamo_input_index(node)
+            name = self._static_names.get(index) if index is not None else _torch.own_parameter_name(node)
+            if name is not None:
+                node.meta[WEIGHT] = name
+
+    def names(self, inputs: Sequence[Any], weight_names: Mapping[int, str]) -> dict[int, str]:
+        """The weights' names at the place whose weights these inputs are."""
+        return {i: weight_names.get(id(inputs[i]), name) for i, name in self._static_names.items()}
+
+
+class Program:
+    """A frame with its captured graph and its bindings; what Dynamo calls in the frame's place.
+
+    Attributes:
+        builder: the captured graph, its sites and variants' graphs.
+        dispatcher: runs each call, by the binding that is set on it.
+        bindings: all places where the program has run so far.
+        graph_break: why Dynamo ended the graph before the captured function did, and at which line; or None.
+    """
+
+    def __init__(self, session: Session, frame: Frame, captured: GraphModule, compile_variant: CompileVariant) -> None:
+        frame.mark(captured)
+        self.graph_break = frame.graph_break
+        self.session = session
+        self.frame = frame
+        order, history_dtype = session.schedule.highest_order, session.schedule.history_dtype
+        self.builder = GraphBuilder(captured, compile_variant, session.inner, order, history_dtype)
+        self.dispatcher = session.dispatcher(self.builder)
+        self.bindings: list[Binding] = []
+        self._weights_among = picker(frame.weights)
+        self._weight_names: list[dict[int, str]] = []
+        self._places: dict[tuple[int, ...], _Place] = {}
+        self._named_places: dict[tuple[str | None, ...], _Place] = {}
+        self._last: tuple[tuple[int, ...] | None, _Place | None] = None, None
+        # A frame with all parameters of the model runs at one place, even if offloading replaces them at each call.
+        self._only_place = _Place() if frame.has_all_of(session.root) else None
+
+    def bind(self, inputs: Sequence[Any], call: ModelCall) -> Binding:
+        """The binding for the frame's inputs: the weights say at which module, the count says which call of it."""
+        if (place := self._only_place) is None:
+            weights = self._weights_among(inputs)
+            key = tuple(map(id, weights))
+            last_key, place = self._last  # both at once: other threads set them, too
+            if key != last_key:  # to compare hundreds of numbers is faster than to hash them
+                place = self._place(key, weights)
+                self._last = key, place
+        if call.graphs:
+            self.session.broken = True
+        call.graphs += 1
+        ordinal = call.ordinals.get(place, 0)
+        call.ordinals[place] = ordinal + 1
+        if ordinal >= len(place.bindings):
+            with _torch.compile_lock:
+                while ordinal >= len(place.bindings):
+                    binding = self._new_binding(inputs, len(place.bindings))
+                    place.bindings.append(binding)
+                    self.bindings.append(binding)
+        found = place.bindings[ordinal]
+        call.sites += len(found.sites)
+        return found
+
+    def _place(self, key: tuple[int, ...], weights: Sequence[torch.Tensor]) -> _Place:
+        with _torch.compile_lock:
+            place = self._places.get(key)
+            if place is None:
+                known = self.session.weight_names()
+                names = tuple([known.get(identity) for identity in key])
+                # The model's own are known by name: hooks that offload submodules replace them at each call.
+                place = self._named_places.setdefault(names, _Place()) if None not in names else _Place()
+                self._places[key] = place
+                place.keep = None not in names
+                leave = functools.partial(_leave, weakref.ref(self), key)
+                place.weights = [weakref.ref(weight, leave) for weight in weights]
+            return place
+
+    def flops_outside(self, containers: Collection[str]) -> int:
+        """FLOPs of these lists of blocks that lie outside of sites, over all bindings."""
+        work = work_outside(self.builder.captured.graph, self.builder.sites)
+        return sum(
+            flops
+            for names in self._weight_names
+            for flops, weights in work
+            # A graph without weights is a piece of a branch: an attention op between two breaks.
+            if not weights or any(container_of(_weight_name(weight, names)) in containers for weight in weights)
+        )
+
+    def leave(self, key: tuple[int, ...]) -> None:
+        """Forget the identities of weights, one of which is gone: another one may have it next.
+
+        The place's caches are freed, unless it is known by the weights' names.
+        """
+        place = self._places.pop(key, None)
+        self._last = None, None
+        for binding in () if place is None or place.keep else place.bindings:
+            binding.streams.clear()
+
+    def close(self) -> None:
+        """Free caches and variants. What Dynamo has compiled still holds the dispatcher: it is emptied, too."""
+        self.bindings.clear()
+        self._weight_names.clear()
+        self._places.clear()
+        self._named_places.clear()
+        self._last = None, None
+        if self._only_place is not None:
+            self._only_place.bindings.clear()
+        self.dispatcher.close()
+
+    def _new_binding(self, inputs: Sequence[Any], call: int) -> Binding:
+        builder = self.builder
+        names = self.frame.names(inputs, self.session.weight_names())
+        self._weight_names.append(names)
+        paths = []
+        for site in builder.sites:
+            parameters = [_weight_name(weight, names) for weight in site.weights]
+            paths.append(drop_components(common_module(parameters), site.containers))
+        kinds = [site.kind for site in builder.sites]
+        sites = [
+            SiteInfo(
+                name,
+                group_of(name),
+                site.kind,
+                builder.buffers_of(site),
+                builder.history,
+                site.flops,
+                site.cache_bytes,
+                builder.history_bytes_of(site),
+                builder.differences_of(site),
+            )
+            for name, site in zip(unique_names(paths, kinds, call), builder.sites, strict=True)
+        ]
+        log.info("bound %d sites: %s", len(sites), ", ".join(site.name for site in sites))
+        binding = Binding(sites, self.session.plan(sites), builder.buffer_count)
+        self.session.keeper.add(binding)
+        return binding
+
+
+def _leave(program: weakref.ref[Program], key: tuple[int, ...], lost: object) -> None:
+    held = program()
+    if held is not None:
+        held.leave(key)
+
+
+def _weight_name(weight: Node, names: Mapping[int, str]) -> str:
+    """The name of a weight's placeholder, given the names of the frame's inputs at some place."""
+    index = _torch.dynamo_input_index(weight)
+    return weight.meta[WEIGHT] if index is None else names[index]
+
+
+class _Place:
+    """The bindings of a program at one set of weights, by the ordinal of the call within a call of the model."""
+
+    def __init__(self) -> None:
+        self.bindings: list[Binding] = []
+        self.weights: list[weakref.ref[torch.Tensor]] = []
+        #: Whether it goes on when its weights are replaced.
+        self.keep = False
