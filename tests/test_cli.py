@@ -17,7 +17,7 @@ from capture import Stack, inputs
 from cases import randomize
 from pipelines.build import dit as dit_pipeline
 from smoothcache_fx import Calibration, Schedule, calibrate
-from smoothcache_fx.cli import doctor
+from smoothcache_fx.cli import machine
 from smoothcache_fx.cli import models as cli_models
 from smoothcache_fx.cli.main import main, parser
 from smoothcache_fx.importers import learning_to_cache
@@ -351,8 +351,8 @@ def test_doctor_without_its_self_test(capsys):
 
 
 def test_doctor_names_what_is_missing(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(doctor._inductor, "cpp_compiler", lambda: None)
-    monkeypatch.setattr(doctor._inductor, "cache_directory", lambda: str(tmp_path / "none"))
+    monkeypatch.setattr(machine._inductor, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(machine._inductor, "cache_directory", lambda: str(tmp_path / "none"))
     assert main(["doctor", "--no-self-test"]) == 1
     text = capsys.readouterr().out
     assert "missing C++ compiler: none (Inductor needs one: install g++ or clang++" in text
@@ -382,19 +382,19 @@ def test_optimal_schedules(factories, tmp_path, capsys, monkeypatch):
 
 
 def test_the_self_test():
-    assert str(doctor.run_self_test()).startswith("ok      self-test: compiled and cached on ")
+    assert str(machine.run_self_test()).startswith("ok      self-test: compiled and cached on ")
 
 
 def test_the_self_test_tells_what_fails(monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("g++: not found\nand more")
 
-    monkeypatch.setattr(doctor, "compile", fail)
-    finding = doctor.run_self_test()
+    monkeypatch.setattr(machine, "compile", fail)
+    finding = machine.run_self_test()
     assert finding.missing and "RuntimeError: g++: not found" in str(finding)
-    monkeypatch.setattr(doctor, "compile", lambda model, schedule: None)
-    monkeypatch.setattr(doctor, "report", lambda model: type("Report", (), {"groups": []}))
-    assert "0 of 2 branches were reused" in str(doctor.run_self_test())
+    monkeypatch.setattr(machine, "compile", lambda model, schedule: None)
+    monkeypatch.setattr(machine, "report", lambda model: type("Report", (), {"groups": []}))
+    assert "0 of 2 branches were reused" in str(machine.run_self_test())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""``smoothcache choose``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .command import FACTORY, add_progress, command
+from .models import made_by, progress
+
+
+def add(commands: Any) -> None:
+    choose = command(
+        commands,
+        "choose",
+        run,
+        "sample with candidate schedules and keep the best within a budget, or the cheapest that is good enough",
+        "choose my_model.py:build --compute 0.4 -o schedule.json",
+        "choose my_model.py:build --at-least 35 -o schedule.json",
+    )
+    choose.add_argument("factory", help=f"{FACTORY} (model or pipeline, function that samples with it)")
+    wanted = choose.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--compute", type=float, help="largest share of the branches' FLOPs to compute")
+    wanted.add_argument("--at-least", type=float, help="PSNR to the uncached samples to reach, in dB")
+    choose.add_argument("-o", "--output", type=Path, required=True, help="schedule file to write")
+    choose.add_argument("--orders", type=int, nargs="+", default=(0, 1, 2), help="forecast orders to try (0 1 2)")
+    choose.add_argument("--lags", type=int, default=5, help="longest reuse to measure, in steps (5)")
+    choose.add_argument("--trajectories", type=int, default=20, help="maximum number of sampling runs (20)")
+    choose.add_argument(
+        "--probes", type=int, default=4, help="runs spent measuring how an error at each step affects the sample (4)"
+    )
+    choose.add_argument("--steps", type=int, help="denoising steps (needed only if forward() takes no timestep)")
+    choose.add_argument(
+        "--calls-per-step", type=int, help="model calls per step, for bare models (default: inferred from the timestep)"
+    )
+    add_progress(choose)
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..measure.choose import choose
+
+    model, sample = made_by(options.factory, "a model or pipeline and a function")
+    with progress(model, options.progress):
+        found = choose(
+            model,
+            sample,
+            compute=options.compute,
+            at_least=options.at_least,
+            orders=options.orders,
+            lags=options.lags,
+            trajectories=options.trajectories,
+            probes=options.probes,
+            steps=options.steps,
+            calls_per_step=options.calls_per_step,
+            progress=False,
+        )
+    found.schedule.save(options.output)
+    print(found)
+    print(found.schedule)

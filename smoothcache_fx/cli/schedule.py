@@ -1,0 +1,79 @@
+"""``smoothcache schedule``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ..schedules.schedule import HISTORY_DTYPES
+from .command import command
+
+
+def add(commands: Any) -> None:
+    schedule = command(
+        commands,
+        "schedule",
+        run,
+        "make a schedule from a calibration",
+        "schedule calibration.json --compute 0.5 -o schedule.json",
+    )
+    schedule.add_argument("calibration", type=Path, nargs="?", help="calibration file (not with --interval)")
+    rule = schedule.add_mutually_exclusive_group(required=True)
+    rule.add_argument("--alpha", type=float, help="largest error allowed (the paper's rule)")
+    rule.add_argument("--compute", type=float, help="largest share of the branches' FLOPs to compute")
+    rule.add_argument("--interval", type=int, help="compute every N-th step (FORA); needs --steps")
+    schedule.add_argument("--steps", type=int, help="denoising steps, for --interval")
+    schedule.add_argument(
+        "--solver",
+        choices=("greedy", "optimal"),
+        help="for --compute: minimize the predicted error, or apply the paper's rule",
+    )
+    schedule.add_argument(
+        "--rows",
+        choices=("joint", "group", "site"),
+        help="plan one row for all groups, one per group, or one per site (site: --solver optimal only)",
+    )
+    schedule.add_argument(
+        "--order", type=int, help="forecast order of reused branches (default: the best for --compute, else 0)"
+    )
+    schedule.add_argument("--max-variants", type=int, help="let groups share rows until this many variants are left")
+    schedule.add_argument(
+        "--history-dtype", choices=HISTORY_DTYPES, help="store forecast history as differences in this dtype"
+    )
+    schedule.add_argument("-o", "--output", type=Path, help="schedule file to write")
+    schedule.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..calibration.calibration import Calibration
+    from ..schedules.schedule import Schedule
+
+    if options.interval is not None:
+        if options.steps is None or options.calibration is not None:
+            raise ValueError("--interval needs --steps, and no calibration: it computes every so many steps")
+        if options.solver or options.rows or options.max_variants:
+            raise ValueError("--solver, --rows and --max-variants are for --compute; --interval says the rows itself")
+        schedule = dataclasses.replace(Schedule.uniform(options.steps, options.interval), order=options.order or 0)
+    elif options.calibration is None:
+        raise ValueError("--alpha and --compute need a calibration file: smoothcache calibrate makes one")
+    else:
+        calibration = Calibration.load(options.calibration)
+        schedule = calibration.schedule(
+            alpha=options.alpha,
+            compute=options.compute,
+            solver=options.solver,
+            order=options.order,
+            rows=options.rows,
+            max_variants=options.max_variants,
+        )
+    schedule = dataclasses.replace(schedule, history_dtype=options.history_dtype)
+    if options.output is not None:
+        schedule.save(options.output)
+    if options.json:
+        rows = {selector: list(row) for selector, row in schedule.compute.items()}
+        print(json.dumps({"steps": schedule.steps, "order": schedule.order, "compute": rows}))
+    else:
+        print(schedule)
