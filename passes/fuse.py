@@ -30,6 +30,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..kernels import residual_accumulate, residual_forecast, residual_load, residual_store  # noqa: F401 - registers
 from ..kernels.operands import DTYPES
 from .branches import addends
+from .counting import count
 from .facts import aten, is_product, packet, prims, same_sizes, tensor_value
 from .flops import concrete
 from .forecast import CAST, FORECAST, read_forecast
@@ -94,6 +95,7 @@ def fuse(variant: GraphModule, lowering: Lowering) -> GraphModule:
                     counts["forecast" if forecast else "loaded"] += 1
                     (_lower_forecast if forecast else _lower_load)(graph, load)
     remove_dead_code(graph)
+    count(**{f"branches_{what}": number for what, number in counts.items()})
     log.info("fused residual adds: %s", ", ".join(f"{count} {name}" for name, count in counts.items()))
     return with_graph(variant, graph)
 

@@ -26,6 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..kernels import residual_accumulate_norm, residual_norm  # noqa: F401 - registers the ops
 from ..kernels._norms import WIDEST
 from ..kernels.operands import DTYPES
+from .counting import count
 from .facts import aten, packet, prims, tensor_value
 from .rewriting import copy_graph, remove_dead_code, with_graph
 
@@ -59,15 +60,16 @@ class Norm:
 def fuse_norms(variant: GraphModule) -> GraphModule:
     """A copy of what ``fuse`` made, with the norms behind its adds taken in wherever ``can_fuse_norm``."""
     graph, _ = copy_graph(variant)
-    count = 0
+    fused = 0
     for out in [node for node in graph.nodes if packet(node) in ADDS]:
         order = {node: position for position, node in enumerate(graph.nodes)}
         norm = next((norm for norm in _norms(out) if can_fuse_norm(out, norm, order)), None)
         if norm is not None:
             _lower(graph, out, norm, order)
-            count += 1
+            fused += 1
     remove_dead_code(graph)
-    log.info("fused %d norms with the residual adds before them", count)
+    count(norms_fused=fused)
+    log.info("fused %d norms with the residual adds before them", fused)
     return with_graph(variant, graph)
 
 

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..kernels import grouped_linear  # noqa: F401 - registers the op
 from ..kernels.operands import DTYPES
+from .counting import count
 from .facts import aten, packet, prims, tensor_value
 from .guard import CACHE
 from .names import WEIGHT
@@ -78,6 +79,7 @@ def group_linears(variant: GraphModule) -> GraphModule:
         members = [can_group(linear.node) for linear in group]
         _Batch(graph, _rewrite(graph, members), fixed).run()
     remove_dead_code(graph)
+    count(linears_grouped=sum(map(len, groups)))
     log.info("grouped %d linears in %d launches", sum(map(len, groups)), len(groups))
     return with_graph(variant, graph) if groups else variant
 

@@ -17,6 +17,7 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
+from .counting import count
 from .guard import CACHE
 from .rewriting import copy_graph, with_graph
 
@@ -28,7 +29,7 @@ def merge_equal(variant: GraphModule) -> GraphModule:
     graph, _ = copy_graph(variant)
     returned = set(graph.output_node().all_input_nodes)
     seen: dict[object, Node] = {}
-    count = 0
+    merged = 0
     for node in list(graph.nodes):
         if node in returned or not can_merge(node):
             continue
@@ -39,9 +40,10 @@ def merge_equal(variant: GraphModule) -> GraphModule:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
-            count += 1
-    log.info("merged %d calls with equal ones", count)
-    return with_graph(variant, graph) if count else variant
+            merged += 1
+    count(calls_merged=merged)
+    log.info("merged %d calls with equal ones", merged)
+    return with_graph(variant, graph) if merged else variant
 
 
 def can_merge(node: Node) -> bool:

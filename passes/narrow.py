@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .counting import count
 from .facts import aten, packet, tensor_value
 from .flops import count_flops
 from .names import WEIGHT
@@ -73,19 +74,20 @@ class Product:
 def narrow(variant: GraphModule) -> GraphModule:
     """A copy of a variant in which products with weights have the columns that are read, and no others."""
     graph, _ = copy_graph(variant)
-    count = 0
+    rewritten = 0
     for node in list(graph.nodes):
         product = can_narrow(node)
         if product is not None and should_narrow(product):
             _rewrite(graph, product)
-            count += 1
-    if not count:
+            rewritten += 1
+    if not rewritten:
         return variant
     remove_dead_code(graph)
     narrowed = with_graph(variant, graph)
+    count(products_narrowed=rewritten)
     if log.isEnabledFor(logging.INFO):
         saved = count_flops(variant.graph) - count_flops(narrowed.graph)
-        log.info("narrowed %d products, %.3g FLOPs saved", count, saved)
+        log.info("narrowed %d products, %.3g FLOPs saved", rewritten, saved)
     return narrowed
 
 

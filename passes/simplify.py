@@ -26,6 +26,7 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule, Node
 
+from .counting import count
 from .facts import VIEWS_AND_CASTS, aten, is_opaque, is_view_or_cast, packet, prims, same_sizes, tensor_value
 from .rewriting import copy_graph, remove_dead_code, with_graph
 
@@ -37,18 +38,19 @@ def simplify(gm: GraphModule) -> GraphModule:
     graph, _ = copy_graph(gm)
     returned = set(graph.output_node().all_input_nodes)
     written = {_base(node.args[0]) for node in graph.nodes if packet(node) is aten.copy_}
-    count = 0
+    removed = 0
     for node in list(graph.nodes):
         source = can_remove(node)
         if source is None or node in returned or _base(source) in written:
             continue
         node.replace_all_uses_with(source)
         graph.erase_node(node)
-        count += 1
-    if not count:
+        removed += 1
+    if not removed:
         return gm
     remove_dead_code(graph)
-    log.info("removed %d calls that do nothing", count)
+    count(calls_removed=removed)
+    log.info("removed %d calls that do nothing", removed)
     return with_graph(gm, graph)
 
 

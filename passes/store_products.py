@@ -22,6 +22,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..kernels import matmul_store  # noqa: F401 - registers the op
+from .counting import count
 from .facts import aten, packet, tensor_value
 from .flops import concrete
 from .guard import CACHE
@@ -44,6 +45,7 @@ def store_products(variant: GraphModule) -> GraphModule:
                 _write_in_place(graph, product, copy)
                 stored += 1
     remove_dead_code(graph)
+    count(products_stored=stored)
     log.info("%d products write their caches", stored)
     return with_graph(variant, graph) if stored else variant
 

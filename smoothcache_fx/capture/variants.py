@@ -17,20 +17,15 @@ from ..passes import (
     analyze,
     check_graph,
     count_flops,
-    fuse,
-    fuse_norms,
-    group_linears,
     insert_guards,
     lowering_for,
-    merge_equal,
-    narrow,
     simplify,
     specialize,
-    store_products,
 )
 from ..passes.facts import tensor_value
 from ..passes.forecast import holds_differences
 from ..passes.guard import CACHE, SITE, SLOT
+from ..passes.pipeline import Target, run_pass, run_passes
 from ..passes.rewriting import copy_graph, placeholders, with_graph
 from ..passes.sites import output_bytes
 from ..passes.specialize import variant_inputs
@@ -61,7 +56,7 @@ class GraphBuilder:
         history_dtype: str | None = None,
     ) -> None:
         start = time.perf_counter()
-        captured = self.captured = simplify(captured)
+        captured = self.captured = run_pass("simplify", simplify, captured, "captured")
         self.sites, self.rejections = analyze(captured.graph)
         narrower = None if history_dtype is None else getattr(torch, history_dtype)
         guarded = insert_guards(captured, self.sites, order, narrower)
@@ -237,33 +232,14 @@ class GraphBuilder:
             }
             name = f"variant {len(self.graphs)}"
             log.info("%s: %d of %d sites are computed", name, len(chosen["compute"]), len(sites))
-            graph = self._run_pass(name, functools.partial(specialize, **chosen), self.guarded)
-            if self._inner.optimizes:
-                # A narrower product may be summed in another order.
-                graph = self._run_pass(name, narrow, graph)
-            if self.lowering is not None:
-                graph = self._run_pass(name, functools.partial(fuse, lowering=self.lowering), graph)
-                if self.lowering.norms:
-                    graph = self._run_pass(name, fuse_norms, graph)
-                if self.lowering.groups and len(chosen["compute"]) < len(sites):
-                    graph = self._run_pass(name, merge_equal, graph)
-                    graph = self._run_pass(name, group_linears, graph)
-            if self._inner.stores_products:
-                graph = self._run_pass(name, store_products, graph)
+            graph = run_pass("specialize", functools.partial(specialize, **chosen), self.guarded, name)
+            reuses = len(chosen["compute"]) < len(sites)
+            target = Target(self._inner.optimizes, self._inner.stores_products, self.lowering, reuses)
+            graph = run_passes(graph, target, name)
             heading = f"{len(chosen['compute'])} of {len(sites)} sites are computed."
             self._trace(f"smoothcache_{name.replace(' ', '_')}", heading, graph)
             self.graphs[mask] = check_graph(graph, like=self.captured, stage="variant")
         return self.graphs[mask]
-
-    def _run_pass(self, name: str, run: Callable[[GraphModule], GraphModule], gm: GraphModule) -> GraphModule:
-        start = time.perf_counter()
-        result = run(gm)
-        seconds = time.perf_counter() - start
-        what = getattr(run, "func", run).__name__
-        log.info(
-            "%s: %s: %d nodes -> %d, %.0f ms", name, what, len(gm.graph.nodes), len(result.graph.nodes), 1e3 * seconds
-        )
-        return result
 
     def _trace(self, name: str, heading: str, gm: GraphModule) -> None:
         names = [site.name for site in self.sites]
