@@ -75,8 +75,8 @@ def test_a_marker_that_is_missing_or_there_twice_is_an_error(generate, page):
         generate["replaced"](page, {"one": ["line"]})
 
 
-def test_the_demos_figures_are_readmes():
+def test_the_demos_figures_are_those_of_the_benchmarks():
     lines = text_of(DOCS / "choosing-a-schedule.md").splitlines()
     rows = [line for line in lines if re.match(r"\| (torch\.compile|alpha|\d+ steps)", line)]
     assert len(rows) == 7
-    assert not set(rows) - set(text_of(ROOT / "README.md").splitlines())
+    assert not set(rows) - set(text_of(DOCS / "benchmarks.md").splitlines())
