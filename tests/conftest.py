@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import random
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from lanes import NOT_QUICK, SLOW
 
 # CI must fail on the same example twice; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("default", derandomize=True, deadline=None)
@@ -31,3 +35,32 @@ def fresh_start() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="skip tests that would begin later than this")
+    parser.addoption("--turn", type=int, default=0, help="where to begin, so that runs with --minutes take turns")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        file = item.path.relative_to(Path(__file__).parent).as_posix()
+        name = getattr(item, "originalname", None) or item.name
+        names = {name, item.nodeid.split("::")[1].partition("[")[0]}
+        if names & set(SLOW.get(file, ())):
+            item.add_marker(pytest.mark.slow)
+        elif file not in NOT_QUICK and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.quick)
+    if turn := config.getoption("--turn"):
+        # Steps of about a golden section of the list: any few turns in a row begin far from each other.
+        start = int(turn * 0.618 * len(items)) % max(1, len(items))
+        items[:] = items[start:] + items[:start]
+
+
+_began = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - _began > 60 * minutes:
+        pytest.skip("out of time: another turn begins elsewhere")

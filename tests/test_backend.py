@@ -262,7 +262,6 @@ def test_changing_shapes_between_trajectories(backend, dynamic):
     assert smoothcache.report(model).graphs <= 2
 
 
-@pytest.mark.slow
 def test_changing_shapes_under_inductor():
     check(
         *pair(lambda: Stack(2)),
@@ -444,7 +443,6 @@ TWO_PROCESSES = """
 """
 
 
-@pytest.mark.slow
 def test_what_another_process_left_on_disk(tmp_path):
     """A plain compile's code does not stand in for ours, nor ours for it; each finds its own again.
 

@@ -74,7 +74,6 @@ def installed(name: str) -> bool:
     return package is None or importlib.util.find_spec(package) is not None
 
 
-@pytest.mark.slow
 def test_every_configuration_has_figures_or_a_reason(run):
     assert list(run.results) == NAMES
     for name, found in run.results.items():
@@ -94,7 +93,6 @@ def test_every_configuration_has_figures_or_a_reason(run):
             assert found["graphs"] > 0
 
 
-@pytest.mark.slow
 def test_the_table_says_the_same(run):
     heading, _, *lines = run.table.splitlines()
     assert [word for word in ("s/image", "MAC ratio", "cached step", "recompiled") if word not in heading] == []
@@ -109,7 +107,6 @@ def test_the_table_says_the_same(run):
             assert [cells[2], cells[3]] == [f"{found['speedup']:.3f}", f"{found['mac_ratio']:.3f}"]
 
 
-@pytest.mark.slow
 def test_the_file_and_the_picture(run):
     assert run.written["machine"]["torch"] == torch.__version__
     assert set(run.written["packages"]) == {"diffusers", "dit-smoothcache", "cache-dit", "triton"}
@@ -136,7 +133,6 @@ def implied_ratio(row: list[int], sizes: dict[str, int]) -> float:
     return len(row) / (sum(row) + (len(row) - sum(row)) * (1 - inside / full))
 
 
-@pytest.mark.slow
 def test_mac_ratios_are_as_the_schedules_imply(run, script):
     sizes = {name: script.DEFAULTS["quick"][name] for name in ("layers", "heads", "head_dim", "size")}
     for name, row in run.written["rows"].items():
@@ -153,14 +149,12 @@ def test_mac_ratios_are_as_the_schedules_imply(run, script):
         assert run.results[name]["mac_ratio"] == pytest.approx(len(row) / sum(row), rel=0.25)
 
 
-@pytest.mark.slow
 def test_ours_has_one_graph_and_compiles_nothing_later(run):
     for name in OURS:
         found = run.results[name]
         assert (found["graphs"], found["recompiled"], found["variants"]) == (1, 0, 2), name
 
 
-@pytest.mark.slow
 def test_outputs_were_compared(run):
     """Equal where they must be, and caching makes a difference that the comparison can see."""
     pytest.importorskip("SmoothCache")

@@ -359,7 +359,6 @@ def test_doctor_names_what_is_missing(monkeypatch, tmp_path, capsys):
     assert "set TORCHINDUCTOR_CACHE_DIR" in text
 
 
-@pytest.mark.slow
 def test_optimal_schedules(factories, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["calibrate", "factories:sampler", "--steps", "8", "--order", "1"]

@@ -242,7 +242,6 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
 @on_a_gpu
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 @pytest.mark.parametrize("calls_per_step", [1, 2])
@@ -257,7 +256,6 @@ def test_trajectories_on_a_gpu_replay_what_the_first_one_recorded(mode, calls_pe
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
 @on_a_gpu
 def test_other_shapes_on_a_gpu_are_recorded_anew(recordings):
     counts = []

@@ -156,7 +156,6 @@ def test_sites_and_masks_as_json(tmp_path):
     assert flops[0] == graph["flops"] > flops[2] > flops[1]
 
 
-@pytest.mark.slow
 def test_under_inductor_its_code_is_named_and_graphs_are_as_it_got_them(tmp_path):
     model = randomize(Stack(1), 0).eval()
     smoothcache.compile(model, Schedule(2, {"attn": [1, 0], "ffn": [1, 0]}))

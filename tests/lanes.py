@@ -1,0 +1,136 @@
+"""Which test runs when: ``quick`` for each save, the default before a commit, ``slow`` in CI as far as time goes.
+
+One list instead of marks all over the tests, so that it can be made anew from ``pytest -m "" --durations=0``. A test is
+slow if all of its cases together take more than some seven seconds on a quiet core, unless nothing else shows so early
+that something is broken.
+"""
+
+from __future__ import annotations
+
+#: By file: tests of the slow lane.
+SLOW: dict[str, tuple[str, ...]] = {
+    "demo/test_demo_model.py": ("test_samples_are_recognised_and_near_the_real_digits",),
+    "demo/test_run.py": ("test_the_demo_writes_what_it_measured",),
+    "external/test_adapted_linears.py": (
+        "test_lora",
+        "test_an_opaque_op_in_place_of_linear",
+    ),
+    "kernels/test_benches.py": (
+        "test_they_verify_on_any_machine",
+        "test_without_a_gpu_they_fail",
+    ),
+    "kernels/test_interpreter.py": ("test_the_kernels_pass_the_same_tests",),
+    "passes/test_fuse.py": ("test_trajectories_are_the_oracles",),
+    "passes/test_fuse_norms.py": ("test_norms_as_models_have_them",),
+    "passes/test_group.py": (
+        "test_a_trajectory_is_the_oracles",
+        "test_each_block_of_a_dit_embeds_the_timestep_for_itself",
+    ),
+    "passes/test_guard_specialize.py": ("test_flops_left_are_the_masks",),
+    "passes/test_runs.py": ("test_in_bfloat16_a_run_is_as_exact_as_one_add_after_the_other",),
+    "pipelines/test_runs.py": ("test_computing_everything_is_the_plain_pipeline",),
+    "test_backend.py": (
+        "test_what_another_process_left_on_disk",
+        "test_changing_shapes_under_inductor",
+        "test_changing_shapes_between_trajectories",
+    ),
+    "test_bench.py": (
+        "test_the_frontier_of_quality",
+        "test_the_default_plan_beside_every_nth_step",
+        "test_the_papers_models",
+        "test_narrowing_of_the_published_dit",
+        "test_the_samplers_of_quality_agree",
+    ),
+    "test_bench_end_to_end.py": (
+        "test_every_configuration_has_figures_or_a_reason",
+        "test_each_of_our_schedules_is_compared",
+    ),
+    "test_choice.py": (
+        "test_a_calibration_serves_several_budgets",
+        "test_the_best_of_a_budget",
+    ),
+    "test_cli.py": ("test_the_self_test",),
+    "test_comparison.py": ("test_pipelines_take_turns",),
+    "test_compiler.py": ("test_weights_of_a_subclass_with_a_torch_function",),
+    "test_dump.py": (
+        "test_a_drawing_has_a_box_per_site",
+        "test_every_file_runs_and_gives_what_its_graph_gives",
+    ),
+    "test_examples.py": ("test_it_runs",),
+    "test_first_calls.py": ("test_models_in_threads_of_their_own_are_captured_once_each",),
+    "test_first_recipe.py": (
+        "test_never_behind_every_nth_step",
+        "test_the_demo_model_is_forecast_and_far_ahead",
+    ),
+    "test_hooks.py": (
+        "test_hooks_on_each_layer",
+        "test_group_offloading_of_blocks",
+    ),
+    "test_importers.py": ("test_taylor_seer_decides_and_forecasts_as_diffusers_hooks_do",),
+    "test_inputs.py": ("test_what_changes_with_each_step_and_shapes_nothing_keeps_the_cache",),
+    "test_optimal.py": (
+        "test_a_followed_schedule_must_have_the_samplers_steps",
+        "test_bad_requests_are_refused",
+        "test_the_longest_reuse",
+        "test_products_give_a_forecasts_error",
+        "test_a_followed_schedule_gives_the_compiled_models_trajectory",
+        "test_calibration_is_repeated_until_the_schedule_stays_the_same",
+        "test_merging_adds_effects_and_products",
+        "test_a_schedule_that_never_stays_the_same_is_left_with_a_warning",
+        "test_an_optimal_schedule_is_nearer_to_the_uncached_sample",
+        "test_what_is_predicted_is_what_comes_out",
+    ),
+    "test_orders.py": (
+        "test_under_other_inner_compilers",
+        "test_on_a_trained_model_the_differences_lose_little",
+    ),
+    "test_properties.py": (
+        "test_every_dit_follows_every_schedule",
+        "TestSampler",
+    ),
+    "test_readme.py": ("test_the_code_runs",),
+    "test_recording.py": ("test_calls_are_repeated_with_inputs_of_the_same_strides",),
+    "test_structures.py": (
+        "test_all_compute_is_the_plain_model_bit_for_bit",
+        "test_every_branch_is_a_site_and_nothing_else",
+        "test_the_trajectory_is_the_oracles",
+    ),
+    "test_trajectories.py": (
+        "test_bfloat16_under_inductor_is_as_exact_as_the_oracle",
+        "test_trajectories_equal_the_oracles_under_inductor",
+        "test_an_all_compute_schedule_is_the_plain_model_bit_for_bit",
+        "test_the_sites_are_found_under_their_names",
+        "test_a_step_that_reuses_everything_runs_no_product_of_a_branch",
+    ),
+    "test_whole.py": ("test_the_trajectory_is_the_oracles",),
+}
+
+#: Files whose other tests take more than some ten seconds: in the default lane, and not in the quick one.
+NOT_QUICK = frozenset(
+    (
+        "kernels/test_ahead_of_time.py",
+        "passes/test_fuse.py",
+        "passes/test_group.py",
+        "passes/test_runs.py",
+        "passes/test_sites.py",
+        "pipelines/test_features.py",
+        "pipelines/test_runs.py",
+        "pipelines/test_schedulers.py",
+        "test_backend.py",
+        "test_bench_end_to_end.py",
+        "test_bench_gpu.py",
+        "test_choice.py",
+        "test_cli.py",
+        "test_comparison.py",
+        "test_compiler.py",
+        "test_cuda_graphs.py",
+        "test_inputs.py",
+        "test_orders.py",
+        "test_package.py",
+        "test_properties.py",
+        "test_recording.py",
+        "test_trajectories.py",
+        "test_whole.py",
+        "test_zoo.py",
+    )
+)
