@@ -44,6 +44,16 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    keywords="diffusion transformer caching torch.compile SmoothCache",
     packages=[
         *find_packages(include=["smoothcache_fx", "smoothcache_fx.*"]),
         "smoothcache_fx.passes",
@@ -51,7 +61,7 @@ setup(
     ],
     # A top-level package called `kernels` would shadow the one that diffusers and transformers look for.
     package_dir={"smoothcache_fx.passes": "passes", "smoothcache_fx.kernels": "kernels"},
-    package_data={"smoothcache_fx.demo": ["digits_dit.safetensors"]},
+    package_data={"smoothcache_fx": ["py.typed"], "smoothcache_fx.demo": ["digits_dit.safetensors"]},
     install_requires=["torch>=2.11", "numpy", "triton; platform_system == 'Linux'"],
     extras_require={
         "bench": BENCH,

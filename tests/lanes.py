@@ -43,9 +43,17 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_bench_end_to_end.py": (
         "test_every_configuration_has_figures_or_a_reason",
+        "test_the_table_says_the_same",
+        "test_the_file_and_the_picture",
+        "test_mac_ratios_are_as_the_schedules_imply",
+        "test_ours_has_one_graph_and_compiles_nothing_later",
+        "test_outputs_were_compared",
         "test_each_of_our_schedules_is_compared",
     ),
     "test_choice.py": (
+        "test_everything_is_computed_where_nothing_else_is_good_enough",
+        "test_the_cheapest_that_is_good_enough",
+        "test_rows_of_taylorseer_are_tried",
         "test_a_calibration_serves_several_budgets",
         "test_the_best_of_a_budget",
     ),

@@ -50,7 +50,7 @@ def test_explain_predicts_what_then_happens(model):
     schedule = Schedule(4, ROWS)
     explanation = smoothcache.explain(model, *inputs(), schedule=schedule)
     predicted = explanation.prediction
-    smoothcache.compile(model, schedule, backend="eager")
+    smoothcache.compile(model, schedule)  # Inductor narrows products: so does the prediction
     with torch.no_grad():
         for _ in range(4):
             model(*inputs())

@@ -305,7 +305,7 @@ def test_bad_requests_are_refused(model, calibration):
     plain = smoothcache.calibrate(model, run, order=None, progress=False)
     for arguments, message in (
         ({"compute": 0.5, "solver": "best"}, "solver is 'best', expected 'greedy' or 'optimal'"),
-        ({"alpha": 0.1, "solver": "optimal"}, "wants compute"),
+        ({"alpha": 0.1, "solver": "optimal"}, "takes compute="),
         ({"compute": 0.1, "solver": "optimal"}, "the least is"),
         ({"compute": 0.5, "solver": "optimal", "rows": "block"}, "rows is 'block'"),
     ):

@@ -193,7 +193,7 @@ class Calibration:
         if max_variants is not None:
             max_variants = whole_number(max_variants, "max_variants", 2, CalibrationError)
         if solver == "optimal" and compute is None:
-            raise CalibrationError("the optimal solver wants compute, the share of FLOPs, and no alpha")
+            raise CalibrationError("solver='optimal' takes compute= (a share of the FLOPs), not alpha=")
         found: Mapping[str, Sequence[bool]]
         if compute is not None and solver != "greedy":
             budget = self._share_of_flops(compute)

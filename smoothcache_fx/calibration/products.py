@@ -96,7 +96,7 @@ class Products:
     def from_json(cls, data: object, array: Any) -> Products:
         """The products that `to_json` described; ``array`` reads a nested list of numbers, and checks it."""
         if not isinstance(data, Mapping) or set(data) != {"count", "mean"}:
-            raise CalibrationError("products are no object with count and mean")
+            raise CalibrationError("'products' must be an object with 'count' and 'mean'")
         return cls(array(data["count"], "count of products", whole=True), array(data["mean"], "mean of products"))
 
 

@@ -147,7 +147,7 @@ def meta_inputs(
 
     Args:
         shapes: by name of the parameter, with the dtype; None is ``dtype``.
-        values: what is no tensor, by name.
+        values: non-tensor arguments, by name.
 
     Raises:
         SmoothCacheError: a required parameter is missing, or one is given that ``forward`` does not have.

@@ -77,8 +77,9 @@ def predict(programs: Sequence[Program], schedule: Schedule) -> Prediction:
             for step in range(schedule.steps):
                 mask = plan.mask(plan.compute[step])
                 if mask not in costs:
-                    graph = builder.graph(mask)
-                    costs[mask] = count_flops(graph.graph), count_bytes(narrow(graph).graph)
+                    # Of what a compiler that optimizes gets, whichever one this model was captured with.
+                    graph = narrow(builder.graph(mask)).graph
+                    costs[mask] = count_flops(graph), count_bytes(graph)
                 flops[step] += costs[mask][0]
                 moved[step] += costs[mask][1]
         variants += len(costs)

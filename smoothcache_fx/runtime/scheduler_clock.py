@@ -215,7 +215,7 @@ class SchedulerClock:
         return bool(alive) and all(getattr(pipeline, "_interrupt", False) for pipeline in alive)
 
     def _look(self) -> None:
-        """Has someone given a pipeline another scheduler? Its run began before it was watched."""
+        """Adopt a scheduler that replaced the pipeline's after ``compile``; its run may already have begun."""
         for reference in self.pipelines:
             pipeline = reference()
             if pipeline is None or any(watched() is pipeline.scheduler for watched in self._watched):
