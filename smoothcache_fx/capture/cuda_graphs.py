@@ -70,15 +70,18 @@ def _base(node: Node) -> Node:
 
 
 def read_and_written(gm: GraphModule) -> list[int]:
-    """Positions of the inputs that a graph reads and writes: caches from which a difference is taken first."""
+    """Positions of the inputs that a graph reads before it writes them: caches from which a difference is taken.
+
+    What it reads behind the write it has put there itself, and a second run does again.
+    """
     holders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     read: set[Node] = set()
     written: set[Node] = set()
     for node in gm.graph.nodes:
         own = _written(node)
-        written |= own
         if not _is_view(node):
-            read |= {_base(value) for value in node.all_input_nodes if node.op == "call_function"} - own
+            read |= {_base(value) for value in node.all_input_nodes if node.op == "call_function"} - own - written
+        written |= own
     return [i for i, holder in enumerate(holders) if holder in read & written]
 
 
