@@ -211,7 +211,7 @@ def test_memory_is_told_before_it_is_taken():
     model = randomize(Stack(2), 0).eval()
     schedule = Schedule(6, ROWS, order={"attn": 2, "blocks.1.mlp": 1})
     predicted = smoothcache.explain(model, *inputs(), schedule=schedule).prediction
-    smoothcache.compile(model, schedule, backend="eager")
+    smoothcache.compile(model, schedule)  # Inductor narrows products: so does the prediction
     steps_of(model, inputs(), 6)
     report = smoothcache.report(model)
     assert predicted.cache_bytes == report.cache_bytes
