@@ -244,6 +244,6 @@ def predicted_error(calibration: Calibration, schedule: Schedule) -> float:
 
 def too_high(calibration: Calibration, order: int) -> CalibrationError:
     return CalibrationError(
-        f"this calibration has no data for order-{order} forecasts: calibrate(..., lags={calibration.lags}, "
+        f"this calibration has no data for forecasts of order {order}: calibrate(..., lags={calibration.lags}, "
         f"order={order}) measures it"
     )
