@@ -7,7 +7,8 @@ A pass takes a graph module and returns one; it leaves the one that it was given
 
     PASSES.append(Pass("count_adds", lambda gm, target: count_adds(gm), lambda target: target.optimizes))
 
-Each pass runs in a ``GraphTransformObserver``: a name in ``torch._inductor.config.disabled_passes`` is left out.
+Each pass runs in a ``GraphTransformObserver``: a name in ``torch._inductor.config.disabled_passes`` is left
+out. PyTorch looks for the name anywhere in that string, so no name is part of another.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _groups(target: Target) -> bool:
 PASSES = [
     # A narrower product may be summed in another order.
     Pass("narrow", lambda gm, target: narrow(gm), lambda target: target.optimizes),
-    Pass("fuse", lambda gm, target: fuse(gm, target.lowering), lambda target: target.lowering is not None),
+    Pass("fuse_adds", lambda gm, target: fuse(gm, target.lowering), lambda target: target.lowering is not None),
     Pass("fuse_norms", lambda gm, target: fuse_norms(gm), _fuses_norms),
     Pass("merge_equal", lambda gm, target: merge_equal(gm), _groups),
     Pass("group_linears", lambda gm, target: group_linears(gm), _groups),

@@ -34,12 +34,18 @@ def run(backend: str = "inductor") -> None:
     [
         (Target(False, False, None, True), []),
         (Target(True, True, None, True), ["narrow", "store_products"]),
-        (Target(False, False, ALL, False), ["fuse", "fuse_norms"]),
+        (Target(False, False, ALL, False), ["fuse_adds", "fuse_norms"]),
         (Target(True, True, ALL, True), [one.name for one in PASSES]),
     ],
 )
 def test_which_passes_run(target, expected):
     assert [one.name for one in PASSES if one.applies(target)] == expected
+
+
+def test_no_name_is_part_of_another():
+    """A disabled pass would take the other with it."""
+    names = [one.name for one in PASSES]
+    assert not [(a, b) for a in names for b in names if a != b and a in b]
 
 
 def test_counters_say_what_the_passes_did():
