@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
 #: All of it, in seconds, and the share of it after which nothing is waited for.
 SECONDS, GATE = 360, 0.6
-#: Cores that a part which compiles gets: with fewer, a part of 100 s takes 250.
+#: Cores for each part that compiles: with fewer, parts are not ready when the gate opens.
 CORES = 4
 #: Memory that parts may hold at once, in GiB; an H100 has 78.
 MEMORY = 70

@@ -46,6 +46,12 @@ def matmul_store(left: Tensor, right: Tensor, bias: Tensor | None, cache: Tensor
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     _check(left, right, bias, cache)
+    if cache.shape != (left.shape[0], right.shape[1]):
+        # PyTorch would resize it.
+        raise ValueError(
+            f"matmul_store: cache has shape {list(cache.shape)}, expected the product's "
+            f"{[left.shape[0], right.shape[1]]}: view it so"
+        )
     if bias is None:
         torch.mm(left, right, out=cache)
     else:

@@ -3,8 +3,8 @@
 ``sum|y_t - y_{t-k}| / sum|y_t|`` over all elements, Eq. 4 of the paper (arXiv 2411.10510); the denominator is the
 fresh output, the one that a cached step would replace.
 
-Two launches: sums of 4096 elements each, and their sum. On an H200 they take 12.7 us at ``[2, 256, 1152]`` in bfloat16,
-where Inductor's code takes 13.6 and a copy of as many bytes 6.5, and 55, 56 and 41 us at 64 samples
+Two launches: sums of 4096 elements each, and their sum. On an H200 they take 11.4 us at ``[2, 256, 1152]`` in bfloat16,
+where Inductor's code takes 13.8 and a copy of as many bytes 6.3, and 53, 55 and 41 us at 64 samples
 (``bench/results/kernels_relative_l1_cuda.json``).
 """
 

@@ -2,9 +2,10 @@
 
 In the variant that reuses everything a model's last norm reads nothing but such a run's sum. Beside
 ``residual_accumulate`` and a norm the stream is read once less, and not written where nothing else needs it: of 60
-passes over ``[batch, tokens, width]`` for 56 terms, 58 or 57 are left. Yet it is no faster: on an H200 660 us for 56
-terms of ``[64, 256, 1152]`` in bfloat16, where ``residual_accumulate`` takes 513 and Inductor's norm behind it 70. A
-program has one row, and rows of 1152 leave 7 of 16 lanes idle.
+passes over ``[batch, tokens, width]`` for 56 terms, 58 or 57 are left. Yet it is no faster on an H200, by a
+sweep that is not in this repository: 660 us for 56 terms of ``[64, 256, 1152]`` in bfloat16, where
+``residual_accumulate`` takes 513 and Inductor's norm behind it 70. A program has one row, and rows of 1152 leave 7 of
+16 lanes idle.
 """
 
 from __future__ import annotations

@@ -165,28 +165,23 @@ class Traced:
 
     def _eager_flops(self, inputs: tuple[Any, Any]) -> Counter[str] | None:
         """What the call costs uncompiled, by list of blocks."""
-        root = self.session.root
-        if root is None:
-            return None
-        args, kwargs = copy.deepcopy(inputs)
-        try:
-            with torch.random.fork_rng():
-                return flops_by_container(root, lambda: self._forward(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001 - what PyTorch's FLOP counter cannot run
-            log.info("the FLOPs of an eager call cannot be counted: %s", error)
-            return None
+        return self._run_eagerly(flops_by_container, inputs, "the FLOPs of an eager call cannot be counted")
 
     def _whole_modules(self, stacks: list[list[tuple[str, int]]], inputs: tuple[Any, Any]) -> WholeModules | None:
         """What broke the graph and can be kept whole."""
+        return self._run_eagerly(lambda root, call: record(root, stacks, call), inputs, "no module can be kept whole")
+
+    def _run_eagerly(self, look: Callable[..., Any], inputs: tuple[Any, Any], failed: str) -> Any:
+        """``look(root, call)``, where ``call`` runs the model on copies of the inputs; None if that fails."""
         root = self.session.root
         if root is None:
             return None
         args, kwargs = copy.deepcopy(inputs)
         try:
             with torch.random.fork_rng():
-                return record(root, stacks, lambda: self._forward(*args, **kwargs))
+                return look(root, lambda: self._forward(*args, **kwargs))
         except Exception as error:  # noqa: BLE001 - what PyTorch's FLOP counter cannot run
-            log.info("no module can be kept whole: %s", error)
+            log.info("%s: %s", failed, error)
             return None
 
     def _try(self, call: Callable[..., Any], inputs: tuple[Any, Any], whole: Sequence[str] = ()) -> None:

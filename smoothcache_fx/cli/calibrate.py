@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .command import FACTORY, add_progress, command
+from .command import add_sampler, command
 from .models import made_by, progress
 
 
@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
         "measure reuse errors, the input of `schedule`",
         "calibrate my_model.py:build -o c.json",
     )
-    calibrate.add_argument("factory", help=f"{FACTORY} (model or pipeline, function that samples with it)")
+    add_sampler(calibrate)
     calibrate.add_argument("-o", "--output", type=Path, required=True, help="the calibration file")
     calibrate.add_argument("--lags", type=int, default=3, help="longest reuse to measure, in steps (3)")
     calibrate.add_argument("--order", type=int, default=1, help="highest forecast order that schedules may use (1)")
@@ -26,11 +26,6 @@ def add(commands: Any) -> None:
     calibrate.add_argument(
         "--probes", type=int, default=0, help="extra runs that measure how an error at each step affects the sample (0)"
     )
-    calibrate.add_argument("--steps", type=int, help="denoising steps (needed only if forward() takes no timestep)")
-    calibrate.add_argument(
-        "--calls-per-step", type=int, help="model calls per step, for bare models (default: inferred from the timestep)"
-    )
-    add_progress(calibrate)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .command import FACTORY, add_progress, command
+from .command import add_sampler, command
 from .models import made_by, progress
 
 
@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
         "choose my_model.py:build --compute 0.4 -o schedule.json",
         "choose my_model.py:build --at-least 35 -o schedule.json",
     )
-    choose.add_argument("factory", help=f"{FACTORY} (model or pipeline, function that samples with it)")
+    add_sampler(choose)
     wanted = choose.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--compute", type=float, help="largest share of the branches' FLOPs to compute")
     wanted.add_argument("--at-least", type=float, help="PSNR to the uncached samples to reach, in dB")
@@ -30,11 +30,6 @@ def add(commands: Any) -> None:
     choose.add_argument(
         "--probes", type=int, default=4, help="runs spent measuring how an error at each step affects the sample (4)"
     )
-    choose.add_argument("--steps", type=int, help="denoising steps (needed only if forward() takes no timestep)")
-    choose.add_argument(
-        "--calls-per-step", type=int, help="model calls per step, for bare models (default: inferred from the timestep)"
-    )
-    add_progress(choose)
 
 
 def run(options: argparse.Namespace) -> None:

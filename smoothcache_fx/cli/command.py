@@ -25,6 +25,17 @@ def command(
     return added
 
 
+def add_sampler(parser: argparse.ArgumentParser, steps: bool = True) -> None:
+    """What the factory returns, and how its steps are told; ``steps`` where there is no schedule that says how many."""
+    parser.add_argument("factory", help=f"{FACTORY} (model or pipeline, function that samples with it)")
+    if steps:
+        parser.add_argument("--steps", type=int, help="denoising steps (needed only if forward() takes no timestep)")
+    parser.add_argument(
+        "--calls-per-step", type=int, help="model calls per step, for bare models (default: inferred from the timestep)"
+    )
+    add_progress(parser)
+
+
 def add_progress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--progress",

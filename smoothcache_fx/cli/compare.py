@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .command import FACTORY, add_progress, command, show
+from .command import add_sampler, command, show
 from .models import made_by, progress
 
 
@@ -18,15 +18,11 @@ def add(commands: Any) -> None:
         "compare the speed and the samples of schedules with the uncached model",
         "compare my_model.py:build a.json b.json --plot frontier.png",
     )
-    compare.add_argument("factory", help=f"{FACTORY} (model or pipeline, function that samples with it)")
+    add_sampler(compare, steps=False)
     compare.add_argument("schedules", type=Path, nargs="+", help="schedule files to compare")
     compare.add_argument("--backend", default="inductor", help="inner compiler (inductor)")
     compare.add_argument("--mode", help="mode of torch.compile")
     compare.add_argument("--rounds", type=int, default=3, help="timed rounds (3)")
-    compare.add_argument(
-        "--calls-per-step", type=int, help="model calls per step, for bare models (default: inferred from the timestep)"
-    )
-    add_progress(compare)
     compare.add_argument("--plot", type=Path, help="plot speed-up against quality")
     compare.add_argument("--json", action="store_true", help="print JSON")
 

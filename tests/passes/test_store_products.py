@@ -154,3 +154,5 @@ def test_the_op_says_what_does_not_fit():
         matmul_store(torch.ones(2, 3, 4), torch.ones(4, 5), None, torch.ones(6, 5))
     with pytest.raises(ValueError, match=r"cache is torch.float64.*expected the product's rows and columns in"):
         matmul_store(torch.ones(6, 4), torch.ones(4, 5), None, torch.ones(6, 5, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"cache has shape \[5, 6\], expected the product's \[6, 5\]"):
+        matmul_store(torch.ones(6, 4), torch.ones(4, 5), None, torch.ones(5, 6))
