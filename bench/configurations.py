@@ -210,14 +210,25 @@ class Configurations:
 
     def measure(self) -> dict[str, Any]:
         running = {entry.name: entry for entry in self.entries if entry.peer is not None}
-        for entry in running.values():
-            entry.outputs = None
         seconds = interleaved(
             {name: lambda entry=entry: entry.run(self.sampler) for name, entry in running.items()},
             self.arguments.rounds,
             warmup=0,
         )
+        for entry in running.values():
+            self.check_last(entry)
         return {entry.name: self.result(entry, seconds) for entry in self.entries}
+
+    def check_last(self, entry: Entry) -> None:
+        """One more trajectory must be the first one again: what was timed is what was checked."""
+        found = difference(self.sampler.outputs(entry.peer), entry.outputs)
+        entry.outputs = None
+        if found <= self.limit:
+            return
+        reason = f"a later trajectory differs from the first by {found:.3g} of its norm (limit {self.limit:.3g})"
+        if entry.kind != THEIRS:
+            raise VerificationError(f"{entry.name}: {reason}")
+        self.refuse(entry, reason)
 
     def result(self, entry: Entry, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
         if entry.peer is None:

@@ -5,9 +5,9 @@ the other kernels, all kernels' tests on CUDA and under ``compute-sanitizer``, p
 ``--only`` runs the rest another time. All benches run with ``--write``.
 
 Parts compile side by side, as many as the processor's cores and the GPU's memory allow, and time in turns
-(``turns.py``), while everything else stands still. What is not ready when the gate opens is no longer waited for, and
-what still runs at the end is killed: all logs and results so far are packed into one file, and the summary names what
-failed, what is missing, and which targets were met.
+(``turns.py``), while everything else stands still. What is not ready when the gate opens is stopped until the others
+have been timed, and goes on behind them. What still runs at the end is killed: all logs and results so far are packed
+into one file, and the summary names what failed, what is missing, and which targets were met.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def parts() -> list[Part]:
     graphs = ["--only", "smoothcache alpha 0.18 reduce-overhead", "smoothcache alpha 0.18 order 1 reduce-overhead"]
     kernels = sorted(path.stem for path in (ROOT / "bench/kernels").glob("*.py") if path.stem != "common")
     runs = ("residual_accumulate", "grouped_linear")
+    workers = ["-n", str(2 * CORES)] if importlib.util.find_spec("xdist") else []
     found = [
         _bench(
             "end to end 32", [*many, "--orders", "0", "1", "--name", "32", "--only", "smoothcache alpha 0.18"], 16, DIT
@@ -98,7 +99,12 @@ def parts() -> list[Part]:
         *(_kernel(name) for name in runs),
         Part("cuda graphs", [*PYTEST, "tests/test_cuda_graphs.py", "-m", "gpu"], 3, times=False),
         *(_kernel(name) for name in kernels if name not in runs),
-        Part("kernel tests", [*PYTEST, "tests/kernels", "-k", "not interpreter and not ahead_of_time"], 3, times=False),
+        Part(
+            "kernel tests",
+            [*PYTEST, *workers, "tests/kernels", "-k", "not interpreter and not ahead_of_time"],
+            3,
+            times=False,
+        ),
         _bench(
             "peers",
             [*many, "--rounds", "2", "--name", "peers"]
@@ -141,6 +147,7 @@ class Run:
         self.slots = slots
         self.began = time.monotonic()
         self.held = False
+        self.stopped: set[str] = set()
         #: The most memory that was spoken for at once, in GiB.
         self.peak = 0.0
 
@@ -184,19 +191,23 @@ class Run:
             self.peak = max(self.peak, held + part.gib)
 
     def _busy(self) -> int:
-        """Parts that compile or test; others wait for their turn."""
-        return sum(not part.times or preparing(self.folder, name).exists() for name, (part, _) in self.running.items())
+        return sum(self._is_busy(part) for part, _ in self.running.values())
+
+    def _is_busy(self, part: Part) -> bool:
+        """Whether it compiles or tests; other parts wait for their turn or have it."""
+        return not part.times or preparing(self.folder, part.name).exists()
 
     def _hold(self) -> None:
-        """Stop what does not time from when a bench may have its turn until all have had it."""
-        benches = [part for part, _ in self.running.values() if part.times]
+        """Stop tests, and benches that are not ready, from when a bench may have its turn until all have had it."""
         go = (self.folder / "go").exists() or not any(self.folder.glob("*.preparing"))
-        if self.held != (hold := bool(benches) and go):
-            self.held = hold
-            for part, process in self.running.values():
-                if not part.times:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGSTOP if hold else signal.SIGCONT)
+        busy = {name for name, (part, _) in self.running.items() if self._is_busy(part)}
+        self.held = go and len(busy) < len(self.running)
+        # A bench that became ready in the very moment in which it was stopped goes on with the next look.
+        wanted = busy if self.held else set()
+        for name in wanted ^ self.stopped & self.running.keys():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.running[name][1].pid, signal.SIGSTOP if name in wanted else signal.SIGCONT)
+        self.stopped = wanted
 
     def _reap(self) -> None:
         for name, (_, process) in list(self.running.items()):

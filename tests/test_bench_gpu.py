@@ -76,6 +76,17 @@ def test_what_does_not_time_stands_still_while_others_do(gpu, tmp_path):
     assert len([tick for tick in ticks if begin < tick < end]) < 8
 
 
+def test_what_is_not_ready_when_the_gate_opens_stands_still_while_others_time(gpu, tmp_path):
+    """A late bench has its turn behind the others, and its preparation does not disturb them."""
+    ticking = "for i in range(40): print(time.time(), flush=True); time.sleep(0.1)\nwith turn(): pass"
+    parts = script(gpu, "early", TIMED.format(prepare=0).replace("0.2", "2")), script(gpu, "late", ticking)
+    assert run(gpu, tmp_path, *parts, gate=1).ended == {"early": "passed", "late": "passed"}
+    ((begin, end),) = spans(tmp_path, "early")
+    ticks = [float(line) for line in (tmp_path / "late.log").read_text().split()]
+    assert len(ticks) == 40 and ticks[0] < begin and ticks[-1] > end
+    assert len([tick for tick in ticks if begin < tick < end]) < 8
+
+
 def test_no_more_parts_compile_at_once_than_there_are_slots(gpu, tmp_path):
     """A part that waits for its turn leaves its slot. None starts while another times."""
     preparing = "began = time.time(); " + TIMED.strip().replace("print(", "print(began, ")
