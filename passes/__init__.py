@@ -12,7 +12,7 @@ from .narrow import narrow
 from .observe import observe
 from .replace_writes import replace_writes
 from .simplify import simplify
-from .sites import Rejection, Site, analyze, find_sites
+from .sites import Rejection, Site, find_sites, find_sites_and_rejections
 from .specialize import specialize
 from .store_products import store_products
 from .traffic import count_bytes
@@ -23,12 +23,12 @@ __all__ = [
     "Lowering",
     "Rejection",
     "Site",
-    "analyze",
     "check_graph",
     "container_of",
     "count_bytes",
     "count_flops",
     "find_sites",
+    "find_sites_and_rejections",
     "fuse",
     "fuse_norms",
     "group_linears",

@@ -29,7 +29,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..kernels import residual_accumulate, residual_forecast, residual_load, residual_store  # noqa: F401 - registers
 from ..kernels.operands import DTYPES
-from .branches import addends
 from .counting import count
 from .facts import aten, is_product, packet, prims, same_sizes, tensor_value
 from .flops import concrete
@@ -37,6 +36,7 @@ from .forecast import CAST, FORECAST, read_forecast
 from .guard import CACHE
 from .lowering import Lowering
 from .rewriting import copy_graph, emit, remove_dead_code, with_graph
+from .sums import addends
 
 log = logging.getLogger(__name__)
 ops = torch.ops.smoothcache

@@ -18,10 +18,12 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
-from .branches import Branch, branches_of, continues, is_sum, kind_of, start_from_each_other, walk_back_to_output
+from .branches import Branch, branches_of_sum, search
+from .candidates import Candidate
 from .facts import GraphFacts, frame_path, module_path, source_line, tensor_value
 from .flops import concrete, count_flops
 from .names import WEIGHT, common_module, drop_components, group_of, unique_names
+from .sums import is_partial_sum, is_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,44 +82,41 @@ def find_sites(graph: Graph) -> list[Site]:
     Placeholders that hold parameters or buffers carry their qualified name in ``meta["smoothcache_weight"]``.
     Nothing is changed. Time is close to linear in the number of nodes (``bench/find_sites.py``).
     """
-    return analyze(graph)[0]
+    return find_sites_and_rejections(graph)[0]
 
 
-def analyze(graph: Graph) -> tuple[list[Site], list[Rejection]]:
+def find_sites_and_rejections(graph: Graph) -> tuple[list[Site], list[Rejection]]:
     """The sites, and every two-tensor add that was looked at and not taken."""
     facts = GraphFacts(graph)
-    taken: dict[Node, list[Branch]] = {}
+    candidates: dict[Node, tuple[Candidate, ...]] = {}
     rejections: list[Rejection] = []
     for add in facts.nodes:
-        if not is_sum(add) or continues(add):
+        if not is_sum(add) or is_partial_sum(add):
             continue
-        found, reason = branches_of(facts, add, taken)
-        if found:
-            taken[add] = found
+        result = search(facts, add, candidates)
+        for part in result.absorbed:
+            del candidates[part]
+        if result.found:
+            candidates[add] = result.found
         else:
-            rejections.append(Rejection(add, reason))
-    branches = [branch for found in taken.values() for branch in found]
-    for branch in branches:
-        branch.kind = kind_of(facts, branch)
-        walk_back_to_output(facts, branch)
-    for found in taken.values():
-        start_from_each_other(facts, found)
+            rejections.append(Rejection(add, result.reason))
+    branches = [branch for found in candidates.values() for branch in branches_of_sum(facts, found)]
     return _finish(facts, [_merge(facts, group) for group in _shared_work(branches)]), rejections
 
 
 def _shared_work(branches: list[Branch]) -> list[list[Branch]]:
-    """Branches grouped so that those that share attention or matmuls with parameters are together."""
+    """Branches grouped so that those that share attention or matmuls with parameters are together: a union-find."""
     groups: list[list[Branch]] = []
     group_of_node: dict[Node, list[Branch]] = {}
     for branch in branches:
-        work = branch.heavy | branch.attention
         joined = [branch]
-        for other in {id(group_of_node[node]): group_of_node[node] for node in work if node in group_of_node}.values():
+        shared = {id(group): group for node in branch.candidate.work if (group := group_of_node.get(node))}
+        for other in shared.values():
             groups.remove(other)
             joined = other + joined
         groups.append(joined)
         for member in joined:
-            for node in member.heavy | member.attention:
+            for node in member.candidate.work:
                 group_of_node[node] = joined
     return groups
 
@@ -131,8 +130,8 @@ def _merge(facts: GraphFacts, branches: list[Branch]) -> Site:
     else:
         (kind,) = kinds
     outputs = tuple(dict.fromkeys(branch.output for branch in branches))
-    region = sorted({node for branch in branches for node in branch.region}, key=facts.position.__getitem__)
-    heavy = [node for node in region if any(node in branch.heavy for branch in branches)]
+    region = sorted({node for branch in branches for node in branch.candidate.region}, key=facts.position.__getitem__)
+    heavy = [node for node in region if any(node in branch.candidate.heavy for branch in branches)]
     weights = dict.fromkeys(weight for node in heavy for weight in facts.weight_nodes(node) if WEIGHT in weight.meta)
     path = common_module(weight.meta[WEIGHT] for weight in weights)
     containers = _uncalled_components(path, _called_modules(heavy))
@@ -140,8 +139,8 @@ def _merge(facts: GraphFacts, branches: list[Branch]) -> Site:
         name=drop_components(path, containers),
         kind=kind,
         outputs=outputs,
-        adds=tuple(dict.fromkeys(branch.add for branch in branches)),
-        gates=tuple(tuple(branch.gates) for branch in branches),
+        adds=tuple(dict.fromkeys(branch.candidate.add for branch in branches)),
+        gates=tuple(branch.gates for branch in branches),
         region=tuple(region),
         weights=tuple(weights),
         containers=containers,

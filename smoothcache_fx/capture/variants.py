@@ -14,9 +14,9 @@ from torch.fx import GraphModule, Node
 from ..graphs.python_code import as_python, notes
 from ..passes import (
     Site,
-    analyze,
     check_graph,
     count_flops,
+    find_sites_and_rejections,
     insert_guards,
     lowering_for,
     simplify,
@@ -41,7 +41,7 @@ class GraphBuilder:
 
     Attributes:
         captured: the ATen graph as AOTAutograd gave it, without what does nothing.
-        sites, rejections: what ``passes.analyze`` says of it.
+        sites, rejections: what ``passes.find_sites_and_rejections`` says of it.
         guarded: the guarded graph, with caches for forecasts of ``order``, all but the first in ``history_dtype`` where
             that is narrower.
         graphs: the variants' graphs by mask, before the inner compiler had them.
@@ -57,7 +57,7 @@ class GraphBuilder:
     ) -> None:
         start = time.perf_counter()
         captured = self.captured = run_pass("simplify", simplify, captured, "captured")
-        self.sites, self.rejections = analyze(captured.graph)
+        self.sites, self.rejections = find_sites_and_rejections(captured.graph)
         narrower = None if history_dtype is None else getattr(torch, history_dtype)
         guarded = insert_guards(captured, self.sites, order, narrower)
         self.guarded = check_graph(guarded, like=captured, stage="guarded")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from smoothcache_fx.passes import analyze, find_sites
+from smoothcache_fx.passes import find_sites, find_sites_and_rejections
 from smoothcache_fx.passes.facts import MATMULS, packet
 from smoothcache_fx.passes.names import WEIGHT, common_module, group_of, unique_names
 from smoothcache_fx.passes.sites import only_needed_by
@@ -22,7 +22,7 @@ def sites_of(model: nn.Module, *args: torch.Tensor, backend: str = "eager"):
 
 def analyze_of(model: nn.Module, *args: torch.Tensor):
     (program,) = capture(model.eval(), *args)
-    return analyze(program.builder.captured.graph)
+    return find_sites_and_rejections(program.builder.captured.graph)
 
 
 class Mlp(nn.Sequential):
@@ -158,7 +158,7 @@ def test_gated_attention_is_attention_and_a_joined_feed_forward_is_both():
 )
 def test_adds_that_are_no_branch_are_refused_with_the_reason(branch, reason):
     (program,) = capture(Residual(branch).eval(), *inputs())
-    sites, rejections = analyze(program.builder.captured.graph)
+    sites, rejections = find_sites_and_rejections(program.builder.captured.graph)
     assert sites == []
     assert any(reason in rejection.reason for rejection in rejections)
     assert all("capture.py" in r.source or "test_sites.py" in r.source for r in rejections)
@@ -175,7 +175,7 @@ def test_a_residual_on_the_conditioning_vector_is_no_site():
             return self.out(x) * c[:, None]
 
     (program,) = capture(Model().eval(), *inputs())
-    sites, rejections = analyze(program.builder.captured.graph)
+    sites, rejections = find_sites_and_rejections(program.builder.captured.graph)
     assert not sites and any("two-dimensional" in r.reason for r in rejections)
 
 
@@ -189,7 +189,7 @@ def test_a_residual_around_residuals_is_no_site():
             return x + self.out(self.inner(x, c))
 
     (program,) = capture(LongSkip().eval(), *inputs())
-    sites, rejections = analyze(program.builder.captured.graph)
+    sites, rejections = find_sites_and_rejections(program.builder.captured.graph)
     assert len(sites) == 4 and any("spans the residual add" in r.reason for r in rejections)
 
 
@@ -384,7 +384,7 @@ def test_residuals_on_what_depends_on_the_timestep_alone_are_no_sites():
             return x + self.mlp(x + shifts[:, :1])
 
     (program,) = capture(Modulated().eval(), inputs()[0], torch.rand(2))
-    sites, rejections = analyze(program.builder.captured.graph)
+    sites, rejections = find_sites_and_rejections(program.builder.captured.graph)
     assert [site.name for site in sites] == ["mlp"]
     assert "depends on vectors alone" in " ".join(rejection.reason for rejection in rejections)
 
