@@ -20,6 +20,7 @@ from cases import randomize
 from oracle import Oracle
 from smoothcache_fx import NoSitesError, Schedule, ScheduleError
 from smoothcache_fx.compiled.forward import compiled_forward
+from smoothcache_fx.runtime.binding import Binding
 from smoothcache_fx.runtime.caches import Stream
 
 
@@ -367,8 +368,13 @@ def test_the_backend_by_name_keeps_models_of_one_class_apart(registered):
 
 
 def test_a_program_frees_the_caches_of_models_that_are_gone(registered, monkeypatch):
-    """Another model may have its weights where theirs were, and must not read these."""
-    streams = []
+    """Another model may have its weights where theirs were, and must not read these. Nor does the program grow."""
+    streams, bindings = [], []
+
+    class NotedBinding(Binding):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            bindings.append(weakref.ref(self))
 
     def noted(*arguments):
         stream = Stream(*arguments)
@@ -376,15 +382,17 @@ def test_a_program_frees_the_caches_of_models_that_are_gone(registered, monkeypa
         return stream
 
     monkeypatch.setattr("smoothcache_fx.runtime.binding.Stream", noted)
+    monkeypatch.setattr("smoothcache_fx.capture.program.Binding", NotedBinding)
     options = {"schedule": Schedule(4, {"attn": [1, 0, 1, 0]}), "backend": "eager"}
     for seed in range(3):
         model = torch.compile(randomize(Stack(), seed).eval(), backend="smoothcache", options=options)
         with torch.no_grad():
             model(*inputs())
-        assert len(streams) == seed + 1 and streams[-1]() is not None
+        assert len(streams) == len(bindings) == seed + 1
+        assert streams[-1]() is not None and bindings[-1]() is not None
         del model
         gc.collect()
-        assert streams[-1]() is None
+        assert streams[-1]() is None and bindings[-1]() is None
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_what_no_graph_holds_is_in_the_share_that_is_lost(model, monkeypatch):
     sample(model)
     report = smoothcache.report(model)
     assert report.breaks and {group.kind for group in report.groups} == {"ffn"}
-    blocks = compiled_forward(model).session.eager_flops["transformer_blocks"]
+    blocks = compiled_forward(model).session.capture.eager_flops["transformer_blocks"]
     in_sites = sum(s.flops for p in compiled_forward(model).session.programs for b in p.bindings for s in b.sites)
     assert report.lost_share == pytest.approx((blocks - in_sites) / whole)
     assert 0.25 < report.lost_share < 0.9, "attention is most of what is lost"

@@ -84,7 +84,7 @@ class Program:
         self.dispatcher = session.dispatcher(self.builder)
         self.bindings: list[Binding] = []
         self._weights_among = picker(frame.weights)
-        self._weight_names: list[dict[int, str]] = []
+        self._weight_names: dict[Binding, dict[int, str]] = {}
         self._places: dict[tuple[int, ...], _Place] = {}
         self._named_places: dict[tuple[str | None, ...], _Place] = {}
         self._last: tuple[tuple[int, ...] | None, _Place | None] = None, None
@@ -101,7 +101,7 @@ class Program:
                 place = self._place(key, weights)
                 self._last = key, place
         if call.graphs:
-            self.session.broken = True
+            self.session.capture.broken = True
         call.graphs += 1
         ordinal = call.ordinals.get(place, 0)
         call.ordinals[place] = ordinal + 1
@@ -134,7 +134,7 @@ class Program:
         work = work_outside(self.builder.captured.graph, self.builder.sites)
         return sum(
             flops
-            for names in self._weight_names
+            for names in self._weight_names.values()
             for flops, weights in work
             # A graph without weights is a piece of a branch: an attention op between two breaks.
             if not weights or any(container_of(_weight_name(weight, names)) in containers for weight in weights)
@@ -143,12 +143,16 @@ class Program:
     def leave(self, key: tuple[int, ...]) -> None:
         """Forget the identities of weights, one of which is gone: another one may have it next.
 
-        The place's caches are freed, unless it is known by the weights' names.
+        The place's caches are freed, unless it is known by the weights' names. Its bindings stay for a compiled model's
+        report; a program of the registered backend, which serves any number of models, drops them.
         """
         place = self._places.pop(key, None)
         self._last = None, None
         for binding in () if place is None or place.keep else place.bindings:
             binding.streams.clear()
+            if self.session.root is None:
+                self.bindings.remove(binding)
+                del self._weight_names[binding]
 
     def close(self) -> None:
         """Free caches and variants. What Dynamo has compiled still holds the dispatcher: it is emptied, too."""
@@ -164,7 +168,6 @@ class Program:
     def _new_binding(self, inputs: Sequence[Any], call: int) -> Binding:
         builder = self.builder
         names = self.frame.names(inputs, self.session.weight_names())
-        self._weight_names.append(names)
         paths = []
         for site in builder.sites:
             parameters = [_weight_name(weight, names) for weight in site.weights]
@@ -172,21 +175,22 @@ class Program:
         kinds = [site.kind for site in builder.sites]
         sites = [
             SiteInfo(
-                name,
-                group_of(name),
-                site.kind,
-                builder.buffers_of(site),
-                builder.history,
-                site.flops,
-                site.cache_bytes,
-                builder.history_bytes_of(site),
-                builder.differences_of(site),
+                name=name,
+                group=group_of(name),
+                kind=site.kind,
+                buffers=builder.buffers_of(site),
+                slots=builder.slots,
+                flops=site.flops,
+                cache_bytes=site.cache_bytes,
+                slot_bytes=builder.slot_bytes_of(site),
+                differences=builder.differences_of(site),
             )
             for name, site in zip(unique_names(paths, kinds, call), builder.sites, strict=True)
         ]
         log.info("bound %d sites: %s", len(sites), ", ".join(site.name for site in sites))
         binding = Binding(sites, self.session.plan(sites), builder.buffer_count)
         self.session.keeper.add(binding)
+        self._weight_names[binding] = names
         return binding
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.fx import GraphModule
 
 from ..errors import ScheduleError
 from ..passes import container_of, replace_writes
+from ..runtime.binding import Binding
 from ..runtime.caches import CacheKeeper
 from ..runtime.calls import CurrentCall, ModelCall, StepClock
 from ..runtime.dispatch import Dispatcher, GuardedDispatcher
@@ -33,6 +35,34 @@ class CapturedMeanwhile(BaseException):
     """
 
 
+@dataclass
+class Capture:
+    """What one way of capturing a model has given; swapped as a whole where another way is tried.
+
+    Attributes:
+        programs: one for each graph.
+        broken: whether more than one graph has run in one call of the model.
+        whole: modules that stand as one op in the graph, by name, since it would break inside of them.
+        eager_flops: FLOPs of an eager call by list of blocks, where the graph broke (``eager_work.py``).
+        settled_share: ``share_outside`` once the first call is over; graphs of later sizes would count beside those of
+            the first.
+        recorded: what a calibration has recorded of these programs.
+    """
+
+    programs: list[Program] = field(default_factory=list)
+    broken: bool = False
+    whole: tuple[str, ...] = ()
+    eager_flops: Counter[str] | None = None
+    settled_share: float | None = None
+    recorded: Any = None
+
+    def close(self) -> None:
+        """Free caches and variants."""
+        for program in self.programs:
+            program.close()
+        self.programs.clear()
+
+
 class Session:
     """What all programs of one compiled model share: the schedule, the clock, the names of the weights."""
 
@@ -45,17 +75,9 @@ class Session:
         #: The call that each thread is in.
         self.current = CurrentCall()
         self.keeper = CacheKeeper()
-        self.programs: list[Program] = []
+        self.capture = Capture()
         #: How often Dynamo has captured something.
         self.captured = 0
-        #: Whether more than one graph has run in one call of the model.
-        self.broken = False
-        #: Modules that stand as one op in the graph, by name, since it would break inside of them.
-        self.whole: tuple[str, ...] = ()
-        #: FLOPs of an eager call by list of blocks, where the graph broke (``eager_work.py``).
-        self.eager_flops: Counter[str] | None = None
-        #: ``share_outside`` once the first call is over. Graphs of later sizes would count beside those of the first.
-        self.settled_share: float | None = None
         # Dynamo keeps what it compiled, and so the session, in the globals of the model's own code, even when the model
         # is gone: the session must not keep the model.
         self._root = None if root is None else weakref.ref(root)
@@ -64,6 +86,18 @@ class Session:
     def root(self) -> torch.nn.Module | None:
         """The compiled model, if there is a single one and it still exists."""
         return None if self._root is None else self._root()
+
+    @property
+    def programs(self) -> list[Program]:
+        return self.capture.programs
+
+    def bindings(self) -> Iterator[Binding]:
+        """Of all programs: each place in the model where a graph has run."""
+        return (binding for program in self.programs for binding in program.bindings)
+
+    def sites(self) -> Iterator[SiteInfo]:
+        """Of all bindings; a site that is in graphs of several shapes is there for each."""
+        return (site for binding in self.bindings() for site in binding.sites)
 
     def weight_names(self) -> dict[int, str]:
         """Qualified names of the root module's parameters and buffers, by the tensors' identity."""
@@ -78,22 +112,24 @@ class Session:
 
     def close(self) -> None:
         """Free caches and variants: Dynamo holds on to the session for as long as to what it compiled."""
-        for program in self.programs:
-            program.close()
-        self.programs.clear()
+        self.capture.close()
 
-    def set_aside(self) -> dict[str, Any]:
+    def set_aside(self) -> Capture:
         """Start without programs, as if nothing had run; returns what ``put_back`` takes."""
-        kept = {"programs": self.programs, "broken": self.broken}
-        self.programs, self.broken = [], False
+        kept, self.capture = self.capture, Capture(eager_flops=self.capture.eager_flops)
         self.current.call = ModelCall(self.current.call.moment)
         return kept
 
-    def put_back(self, kept: dict[str, Any]) -> None:
-        """Have the programs of before ``set_aside`` again, in place of those made since."""
+    def put_back(self, kept: Capture) -> None:
+        """Have what was captured before ``set_aside`` again, in place of what was since."""
         self.close()
-        for name, value in kept.items():
-            setattr(self, name, value)
+        self.capture = kept
+
+    def begin_anew(self) -> None:
+        """Forget what was captured: the next call is like a first one."""
+        self.close()
+        self.capture = Capture()
+        self.current.call.forget()
 
     def dispatcher(self, builder: GraphBuilder) -> Dispatcher:
         """What runs the calls of a program; calibration puts an observer here."""
@@ -125,14 +161,14 @@ def breaks_of(session: Session) -> Counter[str]:
     """Where and why graphs broke, with how many ended there."""
     found = (program.graph_break for program in session.programs)
     breaks = Counter(f"{place}: {reason}" for reason, place in filter(None, found))
-    if session.broken and not breaks:
+    if session.capture.broken and not breaks:
         breaks["a line that Dynamo does not give, in a loop: TORCH_LOGS=graph_breaks shows it"] = 1
     return breaks
 
 
 def flops_in_sites(session: Session) -> int:
     """FLOPs that all sites together save, in one call."""
-    return sum(site.flops for p in session.programs for binding in p.bindings for site in binding.sites)
+    return sum(site.flops for site in session.sites())
 
 
 def share_outside(session: Session) -> float:
@@ -140,17 +176,15 @@ def share_outside(session: Session) -> float:
 
     It is that of an eager call where one was counted, since what Dynamo leaves to Python is in no graph.
     """
-    if session.settled_share is not None:
-        return session.settled_share
-    programs = session.programs
-    containers = {container_of(site.name) for p in programs for binding in p.bindings for site in binding.sites}
-    if session.eager_flops:
-        counted = session.eager_flops
+    if session.capture.settled_share is not None:
+        return session.capture.settled_share
+    containers = {container_of(site.name) for site in session.sites()}
+    if counted := session.capture.eager_flops:
         everything = not containers or "" in containers
         blocks = sum(flops for name, flops in counted.items() if everything or name in containers)
         return max(0, blocks - flops_in_sites(session)) / max(1, counted.total())
-    outside = sum(program.flops_outside(containers) for program in programs)
-    whole = sum(program.builder.flops * len(program.bindings) for program in programs)
+    outside = sum(program.flops_outside(containers) for program in session.programs)
+    whole = sum(program.builder.flops * len(program.bindings) for program in session.programs)
     return outside / max(1, whole)
 
 

@@ -69,7 +69,7 @@ class Traced:
 
     def _later(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graphs = len(self.session.programs)
-        if graphs < MANY_GRAPHS and not self.session.broken:
+        if graphs < MANY_GRAPHS and not self.session.capture.broken:
             output = self._run(args, kwargs)
         else:
             with _torch.no_recompile_limit():
@@ -107,14 +107,14 @@ class Traced:
     def _look_at_first(self, inputs: tuple[Any, Any] | None) -> None:
         """Whether the capture has lost work, and what else can be tried."""
         if inputs is not None and breaks_of(self.session):
-            self.session.eager_flops = self._eager_flops(inputs)
+            self.session.capture.eager_flops = self._eager_flops(inputs)
         if inputs is not None and self._loses_work():
             stacks = [program.frame.break_stack for program in self.session.programs]
             self._try(self._compile(data_dependent_sizes=True), inputs)
             if self._loses_work() and (modules := self._whole_modules(stacks, inputs)):
                 self._try(_with(modules, self._compile()), inputs, modules.names)
-        if self.session.eager_flops:
-            self.session.settled_share = share_outside(self.session)
+        if self.session.capture.eager_flops:
+            self.session.capture.settled_share = share_outside(self.session)
         self._sites = self.session.current.call.sites
 
     def _look_at(self, programs: Sequence[Program]) -> None:
@@ -154,10 +154,7 @@ class Traced:
 
     def _begin_anew(self) -> None:
         """Forget what was captured: the next call is like a first one."""
-        self.session.close()
-        self.session.broken, self.session.settled_share, self.session.eager_flops = False, None, None
-        self.session.whole = ()
-        self.session.current.call.forget()
+        self.session.begin_anew()
         self._call, self._tried = self._compile(), False
 
     def _loses_work(self) -> bool:
@@ -199,9 +196,8 @@ class Traced:
         now = flops_in_sites(self.session)
         log.info("FLOPs in sites: %.3g before, %.3g in another way", before, now)
         if now > before:
-            self._call, self.session.whole = call, tuple(whole)
-            for program in kept["programs"]:
-                program.close()
+            self._call, self.session.capture.whole = call, tuple(whole)
+            kept.close()
         else:
             self.session.put_back(kept)
 

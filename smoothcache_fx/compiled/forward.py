@@ -199,7 +199,7 @@ class CompiledForward:
         self._checked_programs = len(self.session.programs)
 
     def _sites(self) -> list[Any]:
-        return [site for program in self.session.programs for binding in program.bindings for site in binding.sites]
+        return list(self.session.sites())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise CompiledError(

@@ -149,7 +149,7 @@ def _gather(
     recorders: Sequence[Recorder], steps: int, metadata: dict[str, str], timesteps: Sequence[float] | None
 ) -> Calibration:
     """All observations per site; denoisers of one pipeline may have sites of one name, seen at different steps."""
-    infos = {name: info for recorder in recorders for name, info in recorder.sites.items()}
+    infos = {name: info for recorder in recorders for name, info in recorder.recorded.sites.items()}
     lags, farthest = recorders[0].lags, recorders[0].reach
     sites = []
     for name, info in infos.items():
@@ -157,9 +157,9 @@ def _gather(
         if farthest:
             errors.products = Products.empty(steps, farthest)
         for recorder in recorders:
-            for lag, step, value in recorder.observations.get(name, ()):
+            for lag, step, value in recorder.recorded.observations.get(name, ()):
                 errors.add(lag, step, value)
-            for lag, step, value in recorder.products.get(name, ()):
+            for lag, step, value in recorder.recorded.products.get(name, ()):
                 errors.products.add(step, lag, value)
         sites.append(errors)
     effects = EffectSums.together([recorder.effects for recorder in recorders], steps, farthest) if farthest else None

@@ -57,7 +57,7 @@ class _ObservedForward:
                 with _buffers_kept(self.model):
                     output = self.recorder.call_again(lambda: self._compiled(*again[0], **again[1]), output)
         self.recorder.current.call.end()
-        if not self.recorder.sites:
+        if not self.recorder.recorded.sites:
             raise no_sites_error(self.model, self.recorder)
         self.lengths[-1] += 1
         self.progress.update()

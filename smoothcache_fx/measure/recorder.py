@@ -7,13 +7,13 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..capture.inner import inner_compiler
-from ..capture.session import Session
+from ..capture.session import Capture, Session
 from ..capture.variants import GraphBuilder
 from ..errors import CalibrationError
 from ..kernels import relative_l1
@@ -46,6 +46,25 @@ class _Kept:
     device: torch.device
     #: Per site, some elements of its outputs.
     subsets: list[torch.Tensor]
+
+
+@dataclass
+class Recorded:
+    """What was recorded of one capture.
+
+    Attributes:
+        sites: by name.
+        observations: per site, ``(lag, step, relative L1 error)`` in the order they were seen.
+        products: per site, ``(lag, step, mean product)`` likewise; none where ``reach`` is 0.
+        history: per binding and stream, the trajectory and the outputs kept of it, the latest first.
+        kept_bytes: their memory.
+    """
+
+    sites: dict[str, SiteInfo] = field(default_factory=dict)
+    observations: dict[str, list[tuple[int, int, float]]] = field(default_factory=dict)
+    products: dict[str, list[tuple[int, int, float]]] = field(default_factory=dict)
+    history: dict[tuple[int, Hashable], tuple[int, deque[_Kept]]] = field(default_factory=dict)
+    kept_bytes: dict[tuple[int, Hashable], int] = field(default_factory=dict)
 
 
 class ObservedDispatcher:
@@ -115,8 +134,7 @@ class Recorder(Session):
     """The session of a calibration: keeps the last outputs of each site and notes how far each new one lies from them.
 
     Attributes:
-        observations: per site, ``(lag, step, relative L1 error)`` in the order they were seen.
-        products: per site, ``(lag, step, mean product)`` likewise; none where ``reach`` is 0.
+        recorded: sites, observations and products of the capture.
         effects: sums of the effects of reads.
         reach: how many steps back products and effects go.
         replaying: how sites are read; None where all are computed.
@@ -139,17 +157,13 @@ class Recorder(Session):
         #: Steps for which outputs are kept; where the model is called again, the last call's are kept beside them.
         self.keep = max(lags, reach, 0 if followed is None else _lookback(followed))
         self.history_device = history_device
-        self.sites: dict[str, SiteInfo] = {}
-        self.observations: dict[str, list[tuple[int, int, float]]] = {}
-        self.products: dict[str, list[tuple[int, int, float]]] = {}
+        self.recorded = Recorded()
         self.effects = EffectSums()
         self.replaying: Reads | None = None
         self.history_bytes = 0
         #: Whether branches were computed in the last replay that should have been read.
         self._unread = self._told_unread = False
         self._subset = Subset()
-        self._history: dict[tuple[int, Hashable], tuple[int, deque[_Kept]]] = {}
-        self._kept: dict[tuple[int, Hashable], int] = {}
 
     @property
     def moment(self) -> Moment:
@@ -199,13 +213,13 @@ class Recorder(Session):
         if not values:
             return
         place = id(binding), self.moment.stream
-        trajectory, history = self._history.get(place, (-1, deque()))
+        trajectory, history = self.recorded.history.get(place, (-1, deque()))
         step = self.moment.step
         if trajectory != self.moment.trajectory:
             history = deque(maxlen=self.keep + self.calls_again)
         while history and not 0 < step - history[-1].step <= self.keep:
             history.pop()  # a stream may be absent for some steps
-        self._history[place] = self.moment.trajectory, history
+        self.recorded.history[place] = self.moment.trajectory, history
         recent = [earlier for earlier in history if step - earlier.step <= self.lags]
         sums = [
             functools.reduce(
@@ -221,12 +235,14 @@ class Recorder(Session):
         subsets = self._note_products(binding, values, history) if self.reach else []
         kept = [[output.to(self.history_device or output.device) for output in outputs] for outputs in values]
         history.appendleft(_Kept(step, kept, values[0][0].device, subsets))
-        self._kept[place] = sum(t.numel() * t.element_size() for e in history for out in e.outputs for t in out)
-        self.history_bytes = max(self.history_bytes, sum(self._kept.values()))
+        self.recorded.kept_bytes[place] = sum(
+            t.numel() * t.element_size() for e in history for out in e.outputs for t in out
+        )
+        self.history_bytes = max(self.history_bytes, sum(self.recorded.kept_bytes.values()))
 
     def history(self, binding: Binding) -> dict[int, _Kept]:
         """What is kept of the binding's sites in this stream, by how many steps ago it was made."""
-        _, history = self._history.get((id(binding), self.moment.stream), (-1, ()))
+        _, history = self.recorded.history.get((id(binding), self.moment.stream), (-1, ()))
         return {self.moment.step - kept.step: kept for kept in history}
 
     def lags_kept(self) -> list[int]:
@@ -234,7 +250,7 @@ class Recorder(Session):
         stream, step = self.moment.stream, self.moment.step
         seen = [
             {step - kept.step for kept in history}
-            for (_, of), (trajectory, history) in self._history.items()
+            for (_, of), (trajectory, history) in self.recorded.history.items()
             if of == stream and trajectory == self.moment.trajectory and history[0].step == step
         ]
         return sorted(set.intersection(*seen) - {0}) if seen else []
@@ -260,16 +276,18 @@ class Recorder(Session):
                 type(self.root).__name__,
             )
 
-    def set_aside(self) -> dict[str, Any]:
-        names = ("sites", "observations", "products", "_history", "_kept")
-        kept = super().set_aside() | {name: getattr(self, name) for name in names}
-        for name in names:
-            setattr(self, name, {})
+    def set_aside(self) -> Capture:
+        kept = super().set_aside()
+        kept.recorded, self.recorded = self.recorded, Recorded()
         return kept
+
+    def put_back(self, kept: Capture) -> None:
+        super().put_back(kept)
+        self.recorded = kept.recorded
 
     def close(self) -> None:
         """Free the kept outputs, too."""
-        self._history.clear()
+        self.recorded.history.clear()
         super().close()
 
     def _note_products(
@@ -284,7 +302,7 @@ class Recorder(Session):
         ]
         lags = [0, *(self.moment.step - kept.step for kept in earlier)]
         for site, found in zip(binding.sites, torch.stack(means).tolist(), strict=True):
-            seen = self.products.setdefault(site.name, [])
+            seen = self.recorded.products.setdefault(site.name, [])
             seen.extend((lag, self.moment.step, value) for lag, value in zip(lags, found, strict=True))
         return subsets
 
@@ -296,8 +314,8 @@ class Recorder(Session):
                 f"{self.moment.trajectory}: no schedule can be made of this. Check the weights, the inputs, and "
                 "whether the dtype's range is enough"
             )
-        self.sites.setdefault(site.name, site)
-        seen = self.observations.setdefault(site.name, [])
+        self.recorded.sites.setdefault(site.name, site)
+        seen = self.recorded.observations.setdefault(site.name, [])
         for lag, distance in distances:
             # A branch that is all zeros, then and now, has not changed.
             seen.append((lag, step, distance / size if size else (0.0 if distance == 0.0 else math.inf)))

@@ -304,7 +304,7 @@ def _explain_session(model: torch.nn.Module, session: Session, schedule: Schedul
         flops=sum(program.builder.flops * len(program.bindings) for program in programs),
         breaks=breaks,
         lost_share=share_outside(session) if breaks else 0.0,
-        whole=session.whole,
+        whole=session.capture.whole,
         prediction=None if schedule is None else predict(programs, schedule),
     )
 
