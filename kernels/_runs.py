@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .operands import check_broadcast, check_stream, check_value, check_weights, forecast_reference, product
+from .operands import check_broadcast, check_coefficients, check_stream, check_value, forecast_reference, product
 
 #: A gate of at least this share of the stream is read where it lies, and not copied to lie as its neighbours do.
 SMALL_GATE = 1 / 8
 Gates = Sequence[Tensor | None]
-Weights = Sequence[Tensor | None] | None
+Coefficients = Sequence[Tensor | None] | None
 
 
 class Kinds(NamedTuple):
@@ -42,13 +42,13 @@ class Run:
 
     Attributes:
         gates: one a term, or None for it.
-        values: term by term: one, or as many as the term has weights.
-        weights: one a term where it is a forecast, else None for it; None where no term is.
+        values: term by term: one, or as many as the term has coefficients.
+        coefficients: one a term where it is a forecast, else None for it; None where no term is.
     """
 
     gates: Gates
     values: Sequence[Tensor]
-    weights: Weights = None
+    coefficients: Coefficients = None
 
     @functools.cached_property
     def gate_kinds(self) -> Kinds:
@@ -59,8 +59,8 @@ class Run:
         return _kinds(self.values)
 
     @functools.cached_property
-    def weight_kinds(self) -> Kinds:
-        return _kinds(self.weights or [None] * len(self.gates))
+    def coefficient_kinds(self) -> Kinds:
+        return _kinds(self.coefficients or [None] * len(self.gates))
 
 
 @dataclass
@@ -82,8 +82,8 @@ class Part(Run):
         return all(gate is not None for gate in self.gates)
 
     @property
-    def weight_stride(self) -> int:
-        return 1 if self.weights is None else self.weights[0].stride(0)
+    def coefficient_stride(self) -> int:
+        return 1 if self.coefficients is None else self.coefficients[0].stride(0)
 
     @property
     def is_aligned(self) -> bool:
@@ -92,19 +92,19 @@ class Part(Run):
         return functools.reduce(operator.or_, addresses) % 16 == 0
 
     def addresses(self) -> list[Tensor | None]:
-        """A row per term: its values, its gate, its weights."""
+        """A row per term: its values, its gate, its coefficients."""
         columns = [*(self.values[number :: self.count] for number in range(self.count)), self.gates]
-        columns += [] if self.weights is None else [self.weights]
+        columns += [] if self.coefficients is None else [self.coefficients]
         return [one for row in zip(*columns, strict=True) for one in row]
 
 
 def accumulate_reference(x: Tensor, run: Run) -> Tensor:
     """The stream behind a run, in float32."""
     stream, first = x.float(), 0
-    for gate, weight in zip(run.gates, run.weights or [None] * len(run.gates), strict=True):
-        own = run.values[first : first + (1 if weight is None else weight.numel())]
+    for gate, coefficient in zip(run.gates, run.coefficients or [None] * len(run.gates), strict=True):
+        own = run.values[first : first + (1 if coefficient is None else coefficient.numel())]
         first += len(own)
-        stream = stream + product(gate, own[0] if weight is None else forecast_reference(own, weight))
+        stream = stream + product(gate, own[0] if coefficient is None else forecast_reference(own, coefficient))
     return stream
 
 
@@ -115,20 +115,20 @@ def check_run(op: str, x: Tensor, run: Run, traced: bool = False) -> None:
         traced: whether sizes may be symbolic. No two tensors are compared then, lest that be taken for a condition.
     """
     check_stream(op, x)
-    gates, values, weights = run.gates, run.values, run.weights
-    if weights is not None and len(weights) != len(gates):
+    gates, values, coefficients = run.gates, run.values, run.coefficients
+    if coefficients is not None and len(coefficients) != len(gates):
         raise ValueError(
-            f"{op}: got {len(gates)} gates and {len(weights)} weights, expected the same number of each: give None for "
-            "a term without"
+            f"{op}: got {len(gates)} gates and {len(coefficients)} coefficients, expected the same number of "
+            "each: give None for a term without"
         )
-    for number in range(len(weights or ())) if traced else run.weight_kinds.firsts:
-        if weights[number] is not None:
-            check_weights(op, x, weights[number], f"weights[{number}]")
-    expected = len(gates) if weights is None else sum(1 if one is None else one.numel() for one in weights)
+    for number in range(len(coefficients or ())) if traced else run.coefficient_kinds.firsts:
+        if coefficients[number] is not None:
+            check_coefficients(op, x, coefficients[number], f"coefficients[{number}]")
+    expected = len(gates) if coefficients is None else sum(1 if one is None else one.numel() for one in coefficients)
     if not gates or len(values) != expected:
         raise ValueError(
             f"{op}: got {len(gates)} gates and {len(values)} values, expected at least one gate and {expected} values: "
-            "one a gate, or as many as its weights; give None for a branch without a gate"
+            "one a gate, or as many as its coefficients; give None for a branch without a gate"
         )
     for number in range(len(values)) if traced else run.value_kinds.firsts:
         check_value(op, x, values[number], f"values[{number}]")
@@ -145,7 +145,7 @@ def alike(x: Tensor, run: Run) -> Run:
     dtype = functools.reduce(torch.promote_types, (gate.dtype for gate in kinds))
     shape = torch.broadcast_shapes(*(gate.shape for gate in kinds))
     stacked = iter(torch.stack([gate.to(dtype).expand(shape) for gate in run.gates if gate is not None]))
-    return Run([None if number is None else next(stacked) for number in numbers], run.values, run.weights)
+    return Run([None if number is None else next(stacked) for number in numbers], run.values, run.coefficients)
 
 
 def parts_of(x: Tensor, run: Run) -> list[Part]:
@@ -155,17 +155,17 @@ def parts_of(x: Tensor, run: Run) -> list[Part]:
     parts: list[Part] = []
     last = last_gate = None
     start = 0
-    for term, (number, weight) in enumerate(zip(gate_numbers, run.weight_kinds.numbers, strict=True)):
-        end = start + (1 if weight is None else run.weights[term].numel())
-        kind, gate = (weight, values[start:end]), None if number is None else spread[number]
+    for term, (number, coefficient) in enumerate(zip(gate_numbers, run.coefficient_kinds.numbers, strict=True)):
+        end = start + (1 if coefficient is None else run.coefficients[term].numel())
+        kind, gate = (coefficient, values[start:end]), None if number is None else spread[number]
         if kind != last or (gate != last_gate and None not in (gate, last_gate)):
-            parts.append(Part([], [], None if weight is None else []))
+            parts.append(Part([], [], None if coefficient is None else []))
             last, last_gate = kind, None
         last_gate = last_gate or gate
         parts[-1].gates.append(run.gates[term])
         parts[-1].values.extend(run.values[start:end])
-        if weight is not None:
-            parts[-1].weights.append(run.weights[term])
+        if coefficient is not None:
+            parts[-1].coefficients.append(run.coefficients[term])
         start = end
     return parts
 
@@ -205,13 +205,13 @@ if triton is not None:
     @triton.jit
     def add_terms(
         stream,  # float32
-        table,  # int64 [terms, VALUES + 1 or 2]: addresses of the values, the gate or 0, the weights
+        table,  # int64 [terms, VALUES + 1 or 2]: addresses of the values, the gate or 0, the coefficients
         terms,
         gate,  # any one of the gates, for its dtype, or None
         gate_at,  # offsets from any gate
         values,  # those of any one term, for their dtypes
         values_at,  # offsets, a tuple
-        weight_stride,
+        coefficient_stride,
         index,  # what lies below total is read
         total,
         VALUES: tl.constexpr,
@@ -220,18 +220,18 @@ if triton is not None:
         ALIGNED: tl.constexpr,
         AT_ONCE: tl.constexpr,
     ):
-        """``stream + sum_i gates[i] * sum_k weights[i][k] * value_ik``."""
+        """``stream + sum_i gates[i] * sum_k coefficients[i][k] * value_ik``."""
         COLUMNS: tl.constexpr = VALUES + 1 + FORECAST
         inside = index < total
         for term in tl.range(0, terms, num_stages=1, loop_unroll_factor=AT_ONCE):
             row = table + term * COLUMNS
             branch = tl.load(_tensor_at(row, values[0], ALIGNED) + values_at[0], inside, 0.0).to(tl.float32)
             if FORECAST:
-                weights = tl.load(row + VALUES + 1).to(tl.pointer_type(tl.float32))
-                branch *= tl.load(weights)
+                coefficients = tl.load(row + VALUES + 1).to(tl.pointer_type(tl.float32))
+                branch *= tl.load(coefficients)
                 for number in tl.static_range(1, VALUES):
                     value = tl.load(_tensor_at(row + number, values[number], ALIGNED) + values_at[number], inside, 0.0)
-                    branch += value.to(tl.float32) * tl.load(weights + number * weight_stride)
+                    branch += value.to(tl.float32) * tl.load(coefficients + number * coefficient_stride)
                 branch = branch.to(values[0].dtype.element_ty).to(tl.float32)
             if gate is not None:
                 tensor = _tensor_at(row + VALUES, gate, ALIGNED)

@@ -58,23 +58,25 @@ def check_cache(op: str, y: Tensor, cache: Tensor) -> None:
         )
 
 
-def check_weights(op: str, x: Tensor, weights: Tensor, name: str) -> None:
-    """The weights of one forecast: a line's, or a parabola's."""
-    if weights.dtype != torch.float32:
-        raise TypeError(f"{op}: {name} is {weights.dtype}, expected torch.float32: cast it first")
-    if weights.dim() != 1 or not 1 <= weights.numel() <= MOST_VALUES:
+def check_coefficients(op: str, x: Tensor, coefficients: Tensor, name: str) -> None:
+    """The coefficients of one forecast: a line's, or a parabola's."""
+    if coefficients.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} is {coefficients.dtype}, expected torch.float32: cast it first")
+    if coefficients.dim() != 1 or not 1 <= coefficients.numel() <= MOST_VALUES:
         raise ValueError(
-            f"{op}: {name} has shape {list(weights.shape)}, expected [1] to [{MOST_VALUES}]: one for each value"
+            f"{op}: {name} has shape {list(coefficients.shape)}, expected [1] to [{MOST_VALUES}]: one for each value"
         )
-    if weights.device != x.device:
-        raise ValueError(f"{op}: {name} is on {weights.device}, expected x's device {x.device}: move it there first")
+    if coefficients.device != x.device:
+        raise ValueError(
+            f"{op}: {name} is on {coefficients.device}, expected x's device {x.device}: move it there first"
+        )
 
 
-def forecast_reference(values: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``sum_k weights[k] * values[k]`` in float32, each product and sum rounded, in the first value's dtype."""
-    total = values[0].float() * weights[0]
+def forecast_reference(values: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """``sum_k coefficients[k] * values[k]`` in float32, each product and sum rounded, in the first value's dtype."""
+    total = values[0].float() * coefficients[0]
     for number in range(1, len(values)):
-        total = total + values[number].float() * weights[number]
+        total = total + values[number].float() * coefficients[number]
     return total.to(values[0].dtype)
 
 

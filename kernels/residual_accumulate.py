@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ._addresses import address_table
-from ._runs import Gates, Part, Run, Weights, accumulate_reference, add_terms, alike, check_run, parts_of
+from ._runs import Coefficients, Gates, Part, Run, accumulate_reference, add_terms, alike, check_run, parts_of
 from ._triton import BLOCK, COUNTS, OPTIONS, gated, offsets, place, runs_triton, tl, triton
 from .layout import layout_of
 from .operands import rounded_like
@@ -39,34 +39,36 @@ UNROLLED = 12
 LOOP_BLOCK, AT_ONCE = 512, 4
 
 
-def residual_accumulate_reference(x: Tensor, gates: Gates, values: Sequence[Tensor], weights: Weights = None) -> Tensor:
+def residual_accumulate_reference(
+    x: Tensor, gates: Gates, values: Sequence[Tensor], coefficients: Coefficients = None
+) -> Tensor:
     """``residual_accumulate`` in plain PyTorch."""
-    return rounded_like(x, accumulate_reference(x, Run(gates, values, weights)))
+    return rounded_like(x, accumulate_reference(x, Run(gates, values, coefficients)))
 
 
 @torch.library.custom_op(
     "smoothcache::residual_accumulate",
     mutates_args=(),
-    schema="(Tensor x, Tensor?[] gates, Tensor[] values, Tensor?[]? weights=None) -> Tensor",
+    schema="(Tensor x, Tensor?[] gates, Tensor[] values, Tensor?[]? coefficients=None) -> Tensor",
 )
-def residual_accumulate(x: Tensor, gates: Gates, values: Sequence[Tensor], weights: Weights = None) -> Tensor:
-    """``out = x + sum_i gates[i] * sum_k weights[i][k] * value_ik``: reused branches that follow on each other.
+def residual_accumulate(x: Tensor, gates: Gates, values: Sequence[Tensor], coefficients: Coefficients = None) -> Tensor:
+    """``out = x + sum_i gates[i] * sum_k coefficients[i][k] * value_ik``: reused branches that follow on each other.
 
     Triton on CUDA, the plain reference elsewhere; both give the same bits. The stream between two branches is kept in
     float32, where one ``residual_load`` after the other rounds it to ``x``'s dtype each time.
 
-    On CUDA one launch takes terms whose values have the same dtypes and strides, and so their gates and weights. Where
-    gates differ in that, and are small, they are copied first. Where else something changes from one term to the next,
-    another launch begins.
+    On CUDA one launch takes terms whose values have the same dtypes and strides, and so their gates and coefficients.
+    Where gates differ in that, and are small, they are copied first. Where else something changes from one term to the
+    next, another launch begins.
 
     Args:
         x: the residual stream, ``[batch, tokens, width]`` or any shape; float32, float16 or bfloat16, any strides.
         gates: one a term; each broadcasts to ``x`` (``[batch, 1, width]``, ``[batch, tokens, width]``,
             ``[batch, tokens, 1]``, ``[width]``) or is None.
         values: the branches' outputs of earlier steps, term by term, each of ``x``'s shape: one a term, or as many as
-            the term has weights.
-        weights: float32 ``[1 to 3]`` on ``x``'s device for a term that is a forecast, None for one that is a value as
-            it is; None where no term is a forecast. They are read where the op runs.
+            the term has coefficients.
+        coefficients: float32 ``[1 to 3]`` on ``x``'s device for a term that is a forecast, None for one that is a value
+            as it is; None where no term is a forecast. They are read where the op runs.
 
     Returns:
         A new tensor like ``x``. Operands are converted to float32. A forecast's products and sums are rounded to
@@ -78,16 +80,16 @@ def residual_accumulate(x: Tensor, gates: Gates, values: Sequence[Tensor], weigh
         ValueError: shapes, devices or numbers of terms that do not fit together; on CUDA, strides that take more than
             four loops.
     """
-    run = Run(gates, values, weights)
+    run = Run(gates, values, coefficients)
     check_run(OP, x, run)
     if not runs_triton(x):
-        return residual_accumulate_reference(x, gates, values, weights)
+        return residual_accumulate_reference(x, gates, values, coefficients)
     return _launch(x, run)
 
 
 @residual_accumulate.register_fake
-def _(x: Tensor, gates: Gates, values: Sequence[Tensor], weights: Weights = None) -> Tensor:
-    check_run(OP, x, Run(gates, values, weights), traced=True)
+def _(x: Tensor, gates: Gates, values: Sequence[Tensor], coefficients: Coefficients = None) -> Tensor:
+    check_run(OP, x, Run(gates, values, coefficients), traced=True)
     return torch.empty_like(x)
 
 
@@ -122,7 +124,7 @@ def launch_each(x: Tensor, parts: Sequence[Run], dtype: torch.dtype) -> Tensor:
 
 
 def _unrolls(part: Run) -> bool:
-    return len(part.gates) <= UNROLLED and not any(one is not None for one in part.weights or ())
+    return len(part.gates) <= UNROLLED and not any(one is not None for one in part.coefficients or ())
 
 
 def _launch_unrolled(x: Tensor, part: Run, out: Tensor) -> None:
@@ -144,9 +146,9 @@ def _launch_loop(x: Tensor, part: Part, out: Tensor) -> None:
         table = address_table(part.addresses(), x.device)
         with torch.cuda.device_of(x):
             residual_accumulate_loop_kernel[(at.programs,)](
-                x, table, gate, values, out, len(part.gates), part.weight_stride,
+                x, table, gate, values, out, len(part.gates), part.coefficient_stride,
                 at.samples, at.blocks, at.width, at.total, at.strides,
-                VALUES=len(values), FORECAST=part.weights is not None, ALL_GATED=part.all_gated,
+                VALUES=len(values), FORECAST=part.coefficients is not None, ALL_GATED=part.all_gated,
                 ALIGNED=part.is_aligned, KINDS=at.kinds, WIDE=at.wide, BLOCK=LOOP_BLOCK,
                 AT_ONCE=AT_ONCE, **OPTIONS,
             )  # fmt: skip
@@ -189,7 +191,7 @@ if triton is not None:
         values,  # those of any one term; all have strides[3:VALUES + 3]
         out,  # strides[1]
         terms,
-        weight_stride,
+        coefficient_stride,
         samples,
         blocks,
         width,
@@ -211,7 +213,7 @@ if triton is not None:
             values_at += (offsets(group, sample, index, width, strides[3 + number], KINDS[3 + number]),)
         stream = add_terms(
             stream, table, terms, gate, offsets(group, sample, index, width, strides[2], KINDS[2]), values, values_at,
-            weight_stride, index, total, VALUES, FORECAST, ALL_GATED, ALIGNED, AT_ONCE,
+            coefficient_stride, index, total, VALUES, FORECAST, ALL_GATED, ALIGNED, AT_ONCE,
         )  # fmt: skip
         at = offsets(group, sample, index, width, strides[1], KINDS[1])
         tl.store(out + at, stream.to(out.dtype.element_ty), index < total)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._addresses import address_table
 from ._norms import Spread, check_rows, columns, norm_reference, normalise, place_row, read, rows_of
-from ._runs import Gates, Part, Run, Weights, accumulate_reference, add_terms, alike, check_run, parts_of
+from ._runs import Coefficients, Gates, Part, Run, accumulate_reference, add_terms, alike, check_run, parts_of
 from ._triton import runs_triton, tl, triton
 from .operands import rounded_like
 from .residual_accumulate import joined, launch_each
@@ -33,7 +33,7 @@ def residual_accumulate_norm_reference(
     x: Tensor,
     gates: Gates,
     values: Sequence[Tensor],
-    weights: Weights,
+    coefficients: Coefficients,
     weight: Tensor | None,
     bias: Tensor | None,
     modulation: Tensor | None,
@@ -43,7 +43,7 @@ def residual_accumulate_norm_reference(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``residual_accumulate_norm`` in plain PyTorch."""
-    out = rounded_like(x, accumulate_reference(x, Run(gates, values, weights)))
+    out = rounded_like(x, accumulate_reference(x, Run(gates, values, coefficients)))
     spread = {"weight": weight, "bias": bias, "modulation": modulation, "shift": shift}
     return out if keep else x.new_empty(0), norm_reference(out, spread, eps, rms)
 
@@ -56,14 +56,14 @@ def _check(x: Tensor, run: Run, spread: Spread, traced: bool = False) -> None:
 @torch.library.custom_op(
     "smoothcache::residual_accumulate_norm",
     mutates_args=(),
-    schema="(Tensor x, Tensor?[] gates, Tensor[] values, Tensor?[]? weights, Tensor? weight, Tensor? bias, "
+    schema="(Tensor x, Tensor?[] gates, Tensor[] values, Tensor?[]? coefficients, Tensor? weight, Tensor? bias, "
     "Tensor? modulation, Tensor? shift, float eps, bool rms=False, bool keep=True) -> (Tensor, Tensor)",
 )
 def residual_accumulate_norm(
     x: Tensor,
     gates: Gates,
     values: Sequence[Tensor],
-    weights: Weights,
+    coefficients: Coefficients,
     weight: Tensor | None,
     bias: Tensor | None,
     modulation: Tensor | None,
@@ -72,7 +72,7 @@ def residual_accumulate_norm(
     rms: bool = False,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """``out = x + sum_i gates[i] * sum_k weights[i][k] * value_ik; h = norm(out) * (1 + modulation) + shift``.
+    """``out = x + sum_i gates[i] * sum_k coefficients[i][k] * value_ik; h = norm(out) * (1 + modulation) + shift``.
 
     ``residual_accumulate`` followed by a LayerNorm or RMSNorm over the last dimension and adaLN's modulation. Triton on
     CUDA, the plain reference elsewhere.
@@ -80,7 +80,7 @@ def residual_accumulate_norm(
     Args:
         x: the residual stream, ``[batch, tokens, width]`` or any shape with rows of up to ``WIDEST`` elements;
             float32, float16 or bfloat16, any strides.
-        gates, values, weights: as ``residual_accumulate`` takes them.
+        gates, values, coefficients: as ``residual_accumulate`` takes them.
         weight, bias: the norm's own, broadcast to ``x``: ``[width]``; or None.
         modulation, shift: adaLN's scale and shift, broadcast to ``x``: ``[batch, 1, width]``; or None.
         eps: added to the variance, or to the mean square.
@@ -99,11 +99,11 @@ def residual_accumulate_norm(
             strides that take more than three loops over the rows.
     """
     spread = {"weight": weight, "bias": bias, "modulation": modulation, "shift": shift}
-    run = Run(gates, values, weights)
+    run = Run(gates, values, coefficients)
     _check(x, run, spread)
     if runs_triton(x):
         return _launch(x, run, spread, eps, rms, keep)
-    return residual_accumulate_norm_reference(x, gates, values, weights, *spread.values(), eps, rms, keep)
+    return residual_accumulate_norm_reference(x, gates, values, coefficients, *spread.values(), eps, rms, keep)
 
 
 @residual_accumulate_norm.register_fake
@@ -111,7 +111,7 @@ def _(
     x: Tensor,
     gates: Gates,
     values: Sequence[Tensor],
-    weights: Weights,
+    coefficients: Coefficients,
     weight: Tensor | None,
     bias: Tensor | None,
     modulation: Tensor | None,
@@ -121,7 +121,7 @@ def _(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     spread = {"weight": weight, "bias": bias, "modulation": modulation, "shift": shift}
-    _check(x, Run(gates, values, weights), spread, traced=True)
+    _check(x, Run(gates, values, coefficients), spread, traced=True)
     return torch.empty_like(x) if keep else x.new_empty(0), torch.empty_like(x)
 
 
@@ -143,9 +143,9 @@ def _launch_last(
         table = address_table(part.addresses(), x.device)
         with torch.cuda.device_of(x):
             residual_accumulate_norm_kernel[(rows,)](
-                x, table, gate, values, *spread.values(), out, normed, eps, len(part.gates), part.weight_stride,
+                x, table, gate, values, *spread.values(), out, normed, eps, len(part.gates), part.coefficient_stride,
                 at.samples, at.tokens, at.width, at.strides,
-                VALUES=len(values), FORECAST=part.weights is not None, ALL_GATED=part.all_gated,
+                VALUES=len(values), FORECAST=part.coefficients is not None, ALL_GATED=part.all_gated,
                 ALIGNED=part.is_aligned, RMS=rms, BLOCK=block, AT_ONCE=_iterations(part, block),
                 num_warps=min(MOST_WARPS, max(1, block // PER_WARP)), enable_fp_fusion=False,
             )  # fmt: skip
@@ -172,7 +172,7 @@ if triton is not None:
         normed,  # strides[7]
         eps,
         terms,
-        weight_stride,
+        coefficient_stride,
         samples,
         tokens,
         width,
@@ -194,16 +194,16 @@ if triton is not None:
             values_at += (columns(group, sample, token, column, strides[8 + number]),)
         stream = add_terms(
             stream, table, terms, gate, columns(group, sample, token, column, strides[1]), values, values_at,
-            weight_stride, column, width, VALUES, FORECAST, ALL_GATED, ALIGNED, AT_ONCE,
+            coefficient_stride, column, width, VALUES, FORECAST, ALL_GATED, ALIGNED, AT_ONCE,
         )  # fmt: skip
         # What is needed after the sums is read before them: no load moves over their barriers.
-        weights = read(weight, columns(group, sample, token, column, strides[2]), inside, 1.0)
+        norm_weights = read(weight, columns(group, sample, token, column, strides[2]), inside, 1.0)
         biases = read(bias, columns(group, sample, token, column, strides[3]), inside, 0.0)
         factors = read(modulation, columns(group, sample, token, column, strides[4]), inside, 0.0)
         shifts = read(shift, columns(group, sample, token, column, strides[5]), inside, 0.0)
         rounded = stream.to(normed.dtype.element_ty)
         if out is not None:
             tl.store(out + columns(group, sample, token, column, strides[6]), rounded, inside)
-        value = normalise(rounded.to(tl.float32), weights, biases, factors, shifts, inside, width, eps, RMS)
+        value = normalise(rounded.to(tl.float32), norm_weights, biases, factors, shifts, inside, width, eps, RMS)
         at = columns(group, sample, token, column, strides[7])
         tl.store(normed + at, value.to(normed.dtype.element_ty), inside)

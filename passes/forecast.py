@@ -1,18 +1,18 @@
 """What a reused branch reads where a schedule has an order: the polynomial through its last computed outputs.
 
 An output's caches hold its last computed values. They are a ring: a store overwrites the oldest, by the buffer that
-it is given, and nothing moves. So it is the weights, an input of each step, that say which cache is how old: they are
-the polynomial's at that step. In the graph of a variant::
+it is given, and nothing moves. So the coefficients, an input of each step, say which cache is how old: they are the
+polynomial's at that step. In the graph of a variant::
 
-    weight_0 = select(weights, 0, 0);  weight_1 = select(weights, 0, 1)
-    branch = to(add(mul(to(cache_0, float32), weight_0), mul(to(cache_1, float32), weight_1)), bfloat16)
+    coefficient_0 = select(coefficients, 0, 0);  coefficient_1 = select(coefficients, 0, 1)
+    branch = to(add(mul(to(cache_0, float32), coefficient_0), mul(to(cache_1, float32), coefficient_1)), bfloat16)
 
 The sum is in float32 (float64 for float64 caches), and rounded once.
 
 Where all caches but the first have a narrower dtype, the first always holds the newest value, and the others are a
 ring of differences: of the newest value and the one before it, and of that and the one before. The same sum with other
-weights is then the same polynomial (``schedules/coefficients.py``), and rounding a difference costs less than rounding
-an output. A store is::
+coefficients is then the same polynomial (``schedules/coefficients.py``), and rounding a difference costs less than
+rounding an output. A store is::
 
     clamp = clamp_max(clamp_min(sub(branch, cache_0), -65504), 65504)
     copy_(cache_1, clamp);  copy_(cache_0, branch)
@@ -35,17 +35,17 @@ FORECAST = "smoothcache_forecast"
 WHOLE = "whole"
 
 
-def forecast(values: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """``sum_i weights[i] * values[i]``: the reference.
+def forecast(values: Sequence[torch.Tensor], coefficients: torch.Tensor) -> torch.Tensor:
+    """``sum_i coefficients[i] * values[i]``: the reference.
 
     Args:
         values: tensors of one shape; the first one's dtype is the result's.
-        weights: float32 [at least as many].
+        coefficients: float32 [at least as many].
     """
     wide = torch.promote_types(values[0].dtype, torch.float32)
-    total = values[0].to(wide) * weights[0]
-    for value, weight in zip(values[1:], weights[1:], strict=False):
-        total = total + value.to(wide) * weight
+    total = values[0].to(wide) * coefficients[0]
+    for value, coefficient in zip(values[1:], coefficients[1:], strict=False):
+        total = total + value.to(wide) * coefficient
     return total.to(values[0].dtype)
 
 
@@ -77,14 +77,14 @@ def holds_differences(first: torch.Tensor, other: torch.Tensor) -> bool:
     return other.dtype != first.dtype
 
 
-def emit_forecast(graph: Graph, values: Sequence[Node], weights: Node) -> Node:
+def emit_forecast(graph: Graph, values: Sequence[Node], coefficients: Node) -> Node:
     """Nodes that compute ``forecast``, at the graph's insertion point; returns the last."""
     dtype = values[0].meta["val"].dtype
     wide = torch.promote_types(dtype, torch.float32)
     total = None
     for index, value in enumerate(values):
-        weight = _call(graph, aten.select.int, weights, 0, index)
-        term = _call(graph, aten.mul.Tensor, _cast(graph, value, wide), weight)
+        coefficient = _call(graph, aten.select.int, coefficients, 0, index)
+        term = _call(graph, aten.mul.Tensor, _cast(graph, value, wide), coefficient)
         total = term if total is None else _call(graph, aten.add.Tensor, total, term)
     result = _cast(graph, total, dtype)
     result.meta[FORECAST] = WHOLE
@@ -92,7 +92,7 @@ def emit_forecast(graph: Graph, values: Sequence[Node], weights: Node) -> Node:
 
 
 def read_forecast(node: Node) -> tuple[list[Node], Node] | None:
-    """The values and the weights of what ``emit_forecast`` returned; None for any other node."""
+    """The values and the coefficients of what ``emit_forecast`` returned; None for any other node."""
     if node.meta.get(FORECAST) != WHOLE:
         return None
     values: list[Node] = []

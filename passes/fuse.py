@@ -12,8 +12,8 @@ After::
     c = residual_accumulate(a, [gate_1, None], [cache_1, cache_2])
 
 Reused branches that follow on each other in one stream are a run, forecasts (``passes/forecast.py``) among them, and
-become one op. A forecast that stands alone becomes ``residual_forecast(x, gate, caches, weights)``. Between two adds of
-a run the stream may be cast to another dtype and back, as where sums are in float32: the op keeps it in float32.
+become one op. A forecast that stands alone becomes ``residual_forecast(x, gate, caches, coefficients)``. Between two
+adds of a run the stream may be cast to another dtype and back, as where sums are in float32: the op keeps it so.
 
 Which of these pays is said in ``passes/lowering.py``.
 """
@@ -222,8 +222,8 @@ def _lower_load(graph: Graph, load: Load) -> None:
 
 def _lower_forecast(graph: Graph, load: Load) -> None:
     with graph.inserting_before(load.add):
-        values, weights = _values(graph, load.term)
-        arguments = load.x, load.term.gate, values, weights
+        values, coefficients = _values(graph, load.term)
+        arguments = load.x, load.term.gate, values, coefficients
         _replace(graph, load.add, graph.call_function(ops.residual_forecast.default, arguments))
 
 
@@ -234,16 +234,16 @@ def _replace(graph: Graph, add: Node, node: Node) -> None:
 
 
 def _values(graph: Graph, term: Term) -> tuple[list[Node], Node | None]:
-    """What a branch is read from, each as the branch is looked at, and the weights of a forecast."""
+    """What a branch is read from, each as the branch is looked at, and the coefficients of a forecast."""
     found = read_forecast(term.value)
     if found is None:
         return [term.branch], None
-    values, weights = found
-    weight = weights.meta["val"]
-    if len(values) < len(weight):
-        weights = graph.call_function(aten.slice.Tensor, (weights, 0, 0, len(values)))
-        weights.meta = {"val": weight[: len(values)]}
-    return [_again(graph, term.views, value) for value in values], weights
+    values, coefficients = found
+    coefficient = coefficients.meta["val"]
+    if len(values) < len(coefficient):
+        coefficients = graph.call_function(aten.slice.Tensor, (coefficients, 0, 0, len(values)))
+        coefficients.meta = {"val": coefficient[: len(values)]}
+    return [_again(graph, term.views, value) for value in values], coefficients
 
 
 def _again(graph: Graph, views: Sequence[Node], base: Node) -> Node:
@@ -283,12 +283,12 @@ def _lower_run(graph: Graph, run: Sequence[Load]) -> None:
     wide = torch.promote_types(tensor_value(first).dtype, tensor_value(replaced).dtype)
     with graph.inserting_before(replaced):
         x = in_layout(graph, _cast(graph, first, wide), like)
-        gates, values, weights = [load.term.gate for load in run], [], []
+        gates, values, coefficients = [load.term.gate for load in run], [], []
         for load in run:
-            own, weight = _values(graph, load.term)
+            own, coefficient = _values(graph, load.term)
             values += own
-            weights.append(weight)
-        arguments = (x, gates, values) if not any(weights) else (x, gates, values, weights)
+            coefficients.append(coefficient)
+        arguments = (x, gates, values) if not any(coefficients) else (x, gates, values, coefficients)
         node = graph.call_function(ops.residual_accumulate.default, arguments)
         value = tensor_value(x)
         with value.fake_mode:

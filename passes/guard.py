@@ -36,8 +36,8 @@ CACHE = "smoothcache_cache"
 DECISION = "smoothcache_decision"
 #: Of a cache: its place among its output's caches. A store writes to the first, and of differences to the second.
 SLOT = "smoothcache_slot"
-#: Of the input with a weight per buffer, by which forecasts add up.
-WEIGHTS = "smoothcache_weights"
+#: Of the input with a coefficient per buffer, by which forecasts add up.
+COEFFICIENTS = "smoothcache_coefficients"
 
 
 def guard(
@@ -45,7 +45,7 @@ def guard(
     cache: torch.Tensor,
     compute: bool,
     older: Sequence[torch.Tensor] = (),
-    weights: torch.Tensor | None = None,
+    coefficients: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Store ``value`` in ``cache`` and return it, or return what ``cache`` holds.
 
@@ -54,7 +54,7 @@ def guard(
     hold differences (``passes/forecast.py``): the first of them takes the one to what ``cache`` held before.
     """
     if not compute:
-        return forecast((cache, *older), weights) if older else cache
+        return forecast((cache, *older), coefficients) if older else cache
     if older and holds_differences(cache, older[0]):
         older[0].copy_(difference(value, cache, older[0].dtype))
     cache.copy_(value)
@@ -86,14 +86,14 @@ def insert_guards(
     """The guarded graph: inputs as before, then the caches, then one decision (bool) per site.
 
     Each site output has ``order + 1`` caches. With an order above 0 there is one more input after the
-    caches: ``weights``, float32 [number of caches], with which a forecast weighs each. Where ``history_dtype`` has
+    caches: ``coefficients``, float32 [number of caches], with which a forecast weighs each. Where ``history_dtype`` has
     fewer bytes than an output's dtype, all of its caches but the first have that dtype, and hold differences.
     """
     graph, mapping = copy_graph(gm)
     first_call = next(node for node in graph.nodes if node.op != "placeholder")
     caches: list[Node] = []
     decisions = []
-    weights = None
+    coefficients = None
     with graph.inserting_before(first_call):
         for index, site in enumerate(sites):
             for output in site.outputs:
@@ -103,10 +103,10 @@ def insert_guards(
                     cache.meta.update({"val": value, SITE: index, CACHE: len(caches), SLOT: slot})
                     caches.append(cache)
         if order and caches:
-            weights = graph.placeholder("weights")
+            coefficients = graph.placeholder("coefficients")
             value = caches[0].meta["val"]
             with value.fake_mode:
-                weights.meta.update({"val": value.new_empty(len(caches), dtype=torch.float32), WEIGHTS: True})
+                coefficients.meta.update({"val": value.new_empty(len(caches), dtype=torch.float32), COEFFICIENTS: True})
         for index, _ in enumerate(sites):
             decision = graph.placeholder(f"compute_{index}")
             decision.meta.update({"val": True, SITE: index, DECISION: True})
@@ -114,20 +114,20 @@ def insert_guards(
     histories = iter([caches[i : i + order + 1] for i in range(0, len(caches), order + 1)])
     for index, site in enumerate(sites):
         for output in site.outputs:
-            _insert_guard(graph, mapping[output], next(histories), weights, decisions[index])
+            _insert_guard(graph, mapping[output], next(histories), coefficients, decisions[index])
     return with_graph(gm, graph)
 
 
-def _insert_guard(graph: Graph, value: Node, history: Sequence[Node], weights: Node | None, decision: Node) -> None:
-    cache, *older = history
+def _insert_guard(graph: Graph, value: Node, caches: Sequence[Node], coefficients: Node | None, decision: Node) -> None:
+    cache, *older = caches
     arguments: tuple[object, ...] = (value, cache, decision)
     after = value
     if older:
         start = cache.meta[CACHE]
         with graph.inserting_after(value):
-            after = graph.call_function(aten.slice.Tensor, (weights, 0, start, start + len(history)))
-        with weights.meta["val"].fake_mode:
-            after.meta["val"] = weights.meta["val"][start : start + len(history)]
+            after = graph.call_function(aten.slice.Tensor, (coefficients, 0, start, start + len(caches)))
+        with coefficients.meta["val"].fake_mode:
+            after.meta["val"] = coefficients.meta["val"][start : start + len(caches)]
         arguments += (older, after)
     with graph.inserting_after(after):
         node = graph.call_function(guard, arguments)
@@ -149,7 +149,7 @@ def run_guarded(
     inputs: Sequence[object],
     caches: Sequence[torch.Tensor],
     mask: Sequence[bool],
-    weights: torch.Tensor | None = None,
+    coefficients: torch.Tensor | None = None,
 ) -> object:
-    """Run the guarded graph eagerly; ``mask[i]`` says whether site i is computed. ``weights`` if it has an order."""
-    return guarded(*inputs, *caches, *(() if weights is None else (weights,)), *mask)
+    """Run the guarded graph eagerly; ``mask[i]``: whether site i is computed. ``coefficients`` if it has an order."""
+    return guarded(*inputs, *caches, *(() if coefficients is None else (coefficients,)), *mask)

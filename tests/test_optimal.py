@@ -19,7 +19,7 @@ from smoothcache_fx.calibration.segments import best_rows, segment_costs, share
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.demo.weights import load_model
 from smoothcache_fx.reports.compare import psnr, relative_l2
-from smoothcache_fx.schedules.coefficients import weights
+from smoothcache_fx.schedules.coefficients import forecast_coefficients
 
 STEPS = 12
 
@@ -98,7 +98,7 @@ def test_products_give_a_forecasts_error(model, calibration):
     site = next(site for site in calibration.sites if site.name == "blocks.3.attn")
     matrix = site.products.matrix()
     assert np.isfinite(matrix[8, :9]).all()
-    places, read = [8, 7, 4, 1], np.array([1.0, *(-w for w in weights([7, 4, 1], 8))])
+    places, read = [8, 7, 4, 1], np.array([1.0, *(-w for w in forecast_coefficients([7, 4, 1], 8))])
     error = sum(w * kept[place] for w, place in zip(read, places, strict=True)).square().mean().item()
     predicted = read @ matrix[np.ix_(places, places)] @ read
     # 4096 of 8 * 16 * 160 elements, drawn at random.

@@ -25,7 +25,7 @@ from oracle import Oracle
 from smoothcache_fx import Schedule, ScheduleError
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.demo.weights import load_model
-from smoothcache_fx.schedules import coefficients as forecast
+from smoothcache_fx.schedules.coefficients import difference_coefficients, forecast_coefficients
 from tolerances import Tolerance, assert_as_exact, assert_trajectories_close
 
 STEPS = 10
@@ -195,16 +195,16 @@ def test_what_is_missed_lowers_the_degree():
     assert not repeated.isnan().any()
 
 
-def test_weights_are_made_once(monkeypatch):
+def test_coefficients_are_made_once(monkeypatch):
     model = smoothcache.compile(randomize(Stack(2), 0).eval(), Schedule(6, ROWS, order=2), backend="eager")
     steps_of(model, inputs(), 6)
     (program,) = model.forward.session.programs
     made = []
-    monkeypatch.setattr(program.builder, "weights", lambda values: made.append(values))
+    monkeypatch.setattr(program.builder, "coefficients", lambda values: made.append(values))
     steps_of(model, inputs(), 12)
     assert not made
     (binding,) = program.bindings
-    assert len(binding._weights) == 5, "the steps that reuse something"
+    assert len(binding._coefficients) == 5, "the steps that reuse something"
 
 
 def test_memory_is_told_before_it_is_taken():
@@ -281,11 +281,11 @@ def test_rounding_the_differences_is_all_that_a_forecast_loses(order, history_dt
             caches[1:] = [caches[-1], *caches[1:-1]]
         guard(values[number], caches[0], True, caches[1:])
         held = list(range(number, max(-1, number - order - 1), -1))
-        weights = forecast.weights([steps[i] for i in held], steps[number] + 2)
-        own = forecast.of_differences(weights)
+        coefficients = forecast_coefficients([steps[i] for i in held], steps[number] + 2)
+        own = difference_coefficients(coefficients)
         padded = torch.tensor([*own, *[0.0] * (order + 1 - len(own))])
         actual = guard(values[number], caches[0], False, caches[1:], padded)
-        exact = sum(values[i].double() * weight for i, weight in zip(held, weights, strict=True))
+        exact = sum(values[i].double() * coefficient for i, coefficient in zip(held, coefficients, strict=True))
         bound = (
             2e-5
             + sum(  # and of float32's own roundings

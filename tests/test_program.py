@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from smoothcache_fx.runtime.binding import Binding
 from smoothcache_fx.runtime.variant import Mask, SiteInfo, Variant, make_plan, picker
-from smoothcache_fx.schedules import coefficients as forecast
+from smoothcache_fx.schedules.coefficients import forecast_coefficients
 
 ITEMS = list(range(40))
 
@@ -31,12 +31,12 @@ def test_a_mask_is_looked_up_by_what_it_says():
 
 
 class Builder:
-    """Buffers of one number each, and weights as they are."""
+    """Buffers of one number each, and coefficients as they are."""
 
     def allocate(self, buffer: int, inputs: object) -> torch.Tensor:
         return torch.full((1,), float("nan"), dtype=torch.float64)
 
-    def weights(self, values: list[float]) -> list[float]:
+    def coefficients(self, values: list[float]) -> list[float]:
         return list(values)
 
 
@@ -75,12 +75,12 @@ def test_rings_hold_what_a_list_of_all_values_says(data):
                     for slot, buffer in enumerate(info.buffers[: orders[i] + 1])
                     if not mask.compute >> i & 1 or (mask.store >> i & 1 and slot <= (differences and orders[i] > 0))
                 ]
-                variants[mask] = Variant(lambda arguments: [], (), tuple(taken), weighs=True, flops=0)
+                variants[mask] = Variant(lambda arguments: [], (), tuple(taken), takes_coefficients=True, flops=0)
             variant = variants[mask]
             given_buffers = dict(
                 zip(variant.buffers, binding.arguments(stream, variant, mask, builder, []), strict=True)
             )
-            weights = binding.weights(stream, step, builder)
+            coefficients = binding.coefficients(stream, step, builder)
             for i, info in enumerate(binding.sites):
                 if mask.compute >> i & 1:
                     if not mask.store >> i & 1:
@@ -92,11 +92,13 @@ def test_rings_hold_what_a_list_of_all_values_says(data):
                     stored[i].insert(0, (step, value))
                 else:
                     read = (
-                        sum(given_buffers[b] * weights[b] for b in info.buffers[: orders[i] + 1]) if orders[i] else None
+                        sum(given_buffers[b] * coefficients[b] for b in info.buffers[: orders[i] + 1])
+                        if orders[i]
+                        else None
                     )
                     last = stored[i][: orders[i] + 1]
-                    own = forecast.weights([at for at, _ in last], step)
-                    wanted = sum(weight * value for weight, (_, value) in zip(own, last, strict=True))
+                    own = forecast_coefficients([at for at, _ in last], step)
+                    wanted = sum(coefficient * value for coefficient, (_, value) in zip(own, last, strict=True))
                     actual = given_buffers[info.buffers[0]] if read is None else read
                     torch.testing.assert_close(float(actual), wanted, rtol=1e-9, atol=1e-9)
             binding.commit(stream, mask, step)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from ..schedules.coefficients import weights
+from ..schedules.coefficients import forecast_coefficients
 from ..schedules.schedule import Schedule
 from .effects import Effects
 from .segments import Costs, reach, segment_costs
@@ -83,16 +83,18 @@ def product_costs(matrix: Array, importance: Array, lags: int, order: int, times
 
 
 def forecasts(computed: tuple[int, ...], lags: int, times: Sequence[float] | None) -> Array:
-    """Weights of the computed steps' outputs, newest first, in reads 1, 2, ... steps after the newest: [lags, n]."""
+    """Coefficients of the computed steps' outputs, newest first, 1, 2, ... steps after the newest: [lags, n]."""
     if times is None:
         return _even(tuple(computed[0] - step for step in computed), lags)
     ahead = range(computed[0] + 1, min(computed[0] + lags, len(times) - 1) + 1)
-    return np.array([weights([times[step] for step in computed], times[at]) for at in ahead]).reshape(-1, len(computed))
+    return np.array([forecast_coefficients([times[step] for step in computed], times[at]) for at in ahead]).reshape(
+        -1, len(computed)
+    )
 
 
 @functools.lru_cache(maxsize=4096)
 def _even(ages: tuple[int, ...], lags: int) -> Array:
-    return np.array([weights([-age for age in ages], ahead) for ahead in range(1, lags + 1)])
+    return np.array([forecast_coefficients([-age for age in ages], ahead) for ahead in range(1, lags + 1)])
 
 
 def every_nth_row(steps: int, count: int, keep_last: bool = False) -> list[bool]:

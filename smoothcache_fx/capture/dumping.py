@@ -99,8 +99,8 @@ def _stages(program: Program) -> Iterator[Stage]:
 
 
 def _split(names: Sequence[str], mask: Mask) -> tuple[list[str], list[str]]:
-    computed = [name for i, name in enumerate(names) if mask.compute >> i & 1]
-    return computed, [name for i, name in enumerate(names) if not mask.compute >> i & 1]
+    computed = [name for i, name in enumerate(names) if mask.computes(i)]
+    return computed, [name for i, name in enumerate(names) if not mask.computes(i)]
 
 
 def _describe(program: Program, stages: Sequence[Stage]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class GraphBuilder:
         self.graphs: dict[Mask, GraphModule] = {}
         self.flops = count_flops(captured.graph)
         #: Caches of a site's output, for the values that its forecasts look back to.
-        self.history = order + 1
+        self.slots = order + 1
         self._compile_variant = compile_variant
         inputs = placeholders(captured.graph)
         self._input_values = [node.meta.get("val") for node in inputs]
@@ -108,7 +108,7 @@ class GraphBuilder:
         """Positions of a site's cache buffers."""
         return tuple(node.meta[CACHE] for node in self._caches_of(site))
 
-    def history_bytes_of(self, site: Site) -> int:
+    def slot_bytes_of(self, site: Site) -> int:
         """Bytes of the site's outputs as the history keeps one of each; 0 without a history."""
         return sum(output_bytes(node) for node in self._caches_of(site) if node.meta[SLOT] == 1)
 
@@ -140,8 +140,8 @@ class GraphBuilder:
         with torch.inference_mode(False), torch.no_grad():
             return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
 
-    def weights(self, values: Sequence[float]) -> torch.Tensor:
-        """The forecasts' weights, one per buffer, where the graph wants them."""
+    def coefficients(self, values: Sequence[float]) -> torch.Tensor:
+        """The forecasts' coefficients, one per buffer, where the graph wants them."""
         with torch.inference_mode(False), torch.no_grad():
             return torch.tensor(values, dtype=torch.float32, device=self._caches[0].meta["val"].device)
 
@@ -152,8 +152,8 @@ class GraphBuilder:
         kept = variant_inputs(graph)
         variant = self._variant(graph)
         examples = [inputs[i] for i in variant.inputs] + [self.allocate(i, inputs) for i in variant.buffers]
-        if variant.weighs:
-            examples.append(self.weights([0.0] * self.buffer_count))
+        if variant.takes_coefficients:
+            examples.append(self.coefficients([0.0] * self.buffer_count))
         start = time.perf_counter()
         with _torch.recording_guards(self._fake_mode if self.shape_inputs else None) as conditions:
             origin = [-1 if count <= i < end else i for i in kept]
@@ -210,7 +210,7 @@ class GraphBuilder:
             run,
             inputs=tuple(i for i in kept if i < count),
             buffers=tuple(i - count for i in kept if count <= i < end),
-            weighs=any(i >= end for i in kept),
+            takes_coefficients=any(i >= end for i in kept),
             flops=count_flops(graph.graph),
         )
 
@@ -226,8 +226,8 @@ class GraphBuilder:
         if mask not in self.graphs:
             sites = range(len(self.sites))
             chosen = {
-                "compute": {i for i in sites if mask.compute >> i & 1},
-                "store": {i for i in sites if mask.store >> i & 1},
+                "compute": {i for i in sites if mask.computes(i)},
+                "store": {i for i in sites if mask.stores(i)},
                 "orders": mask.orders,
             }
             name = f"variant {len(self.graphs)}"

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..passes.facts import module_path, source_line
-from ..passes.guard import CACHE, DECISION, SITE, SLOT, WEIGHTS
+from ..passes.guard import CACHE, COEFFICIENTS, DECISION, SITE, SLOT
 from ..passes.names import WEIGHT
 
 #: Where a file of constants lies, beside the Python file.
@@ -50,7 +50,7 @@ def notes(names: Sequence[str]) -> Callable[[Node], str | None]:
     def note(node: Node) -> str | None:
         if WEIGHT in node.meta:
             return node.meta[WEIGHT]
-        if WEIGHTS in node.meta:
+        if COEFFICIENTS in node.meta:
             return "a cache's share in a forecast"
         if SITE not in node.meta:
             return None

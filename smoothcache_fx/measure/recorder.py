@@ -22,17 +22,17 @@ from ..passes.forecast import forecast
 from ..runtime.binding import Binding
 from ..runtime.calls import ModelCall, Moment, StepClock
 from ..runtime.variant import Mask, SiteInfo, Variant
-from ..schedules.coefficients import weights
+from ..schedules.coefficients import forecast_coefficients
 from ..schedules.schedule import Schedule
 from .sketches import EffectSums, Subset, floating_tensors
 
 log = logging.getLogger(__name__)
 
-Reads = Callable[[SiteInfo, Collection[int]], Sequence[tuple[int, float]]]
-"""How a site is read, given the lags at which outputs are kept: lags and weights; empty if it is computed."""
+Reuse = Callable[[SiteInfo, Collection[int]], Sequence[tuple[int, float]]]
+"""How a site is reused, given the lags at which outputs are kept: lags and coefficients; empty if it is computed."""
 
 
-def _all_from(lag: int) -> Reads:
+def _all_from(lag: int) -> Reuse:
     return lambda site, kept: ((lag, 1.0),)
 
 
@@ -77,11 +77,11 @@ class ObservedDispatcher:
         self.graph = observe(builder.captured, builder.sites)
         self.outputs_per_site = [len(site.outputs) for site in builder.sites]
         self.recorder = recorder
-        self._readers: dict[Mask, Variant] = {}
+        self._reusing: dict[Mask, Variant] = {}
 
     def __call__(self, inputs: list[Any]) -> Sequence[Any]:
         if self.recorder.replaying is not None and self.outputs_per_site:
-            return self._read(inputs, self.recorder.replaying)
+            return self._reuse(inputs, self.recorder.replaying)
         outputs = self.graph(*inputs)
         inputs.clear()
         own = len(outputs) - sum(self.outputs_per_site)
@@ -91,41 +91,41 @@ class ObservedDispatcher:
         return outputs[:own]
 
     def close(self) -> None:
-        self._readers.clear()
+        self._reusing.clear()
 
-    def _read(self, inputs: list[Any], reads: Reads) -> Sequence[Any]:
-        """The graph's outputs if sites are read in place of being computed.
+    def _reuse(self, inputs: list[Any], reuse: Reuse) -> Sequence[Any]:
+        """The graph's outputs if sites are reused in place of being computed.
 
         What is kept of this step are then, of sites that are computed, the outputs of this call.
         """
         binding = self.recorder.current.call.binding
         sites, history = binding.sites, self.recorder.history(binding)
-        if 0 not in history:  # Dynamo has captured the second call anew: its branches have no outputs to be read
-            self.recorder.note_unread()
+        if 0 not in history:  # Dynamo has captured the second call anew: its branches have no outputs to be reused
+            self.recorder.note_not_reused()
             outputs = self.graph(*inputs)
             inputs.clear()
             return outputs[: len(outputs) - sum(self.outputs_per_site)]
-        terms = [reads(site, history) for site in sites]
-        computed = sum(1 << i for i, read in enumerate(terms) if not read)
+        terms = [reuse(site, history) for site in sites]
+        computed = sum(1 << i for i, reused in enumerate(terms) if not reused)
         mask = Mask(computed, store=computed)
-        if mask not in self._readers:
-            self._readers[mask] = self.builder.build_uncompiled(mask)
-        reader = self._readers[mask]
+        if mask not in self._reusing:
+            self._reusing[mask] = self.builder.build_uncompiled(mask)
+        variant = self._reusing[mask]
         values: dict[int, torch.Tensor] = {}
         now = history[0]
-        for index, (site, read) in enumerate(zip(sites, terms, strict=True)):
+        for index, (site, reused) in enumerate(zip(sites, terms, strict=True)):
             for place, buffer in enumerate(site.buffers):
-                if not read:
+                if not reused:
                     values[buffer] = torch.empty_like(now.outputs[index][place], device=now.device)
                     continue
-                outputs = [history[lag].outputs[index][place] for lag, _ in read]
-                amounts = torch.tensor([weight for _, weight in read], device=outputs[0].device)
+                outputs = [history[lag].outputs[index][place] for lag, _ in reused]
+                amounts = torch.tensor([coefficient for _, coefficient in reused], device=outputs[0].device)
                 values[buffer] = (outputs[0] if len(outputs) == 1 else forecast(outputs, amounts)).to(now.device)
-        arguments = reader.pick_inputs(inputs)
+        arguments = variant.pick_inputs(inputs)
         inputs.clear()
-        result = reader.run([*arguments, *(values[buffer] for buffer in reader.buffers)])
-        for site, read, outputs in zip(sites, terms, now.outputs, strict=True):
-            if not read:
+        result = variant.run([*arguments, *(values[buffer] for buffer in variant.buffers)])
+        for site, reused, outputs in zip(sites, terms, now.outputs, strict=True):
+            if not reused:
                 outputs[:] = [values[buffer].to(outputs[0].device) for buffer in site.buffers]
         return result
 
@@ -135,9 +135,9 @@ class Recorder(Session):
 
     Attributes:
         recorded: sites, observations and products of the capture.
-        effects: sums of the effects of reads.
+        effects: sums of the effects of reuse.
         reach: how many steps back products and effects go.
-        replaying: how sites are read; None where all are computed.
+        replaying: how sites are reused; None where all are computed.
         history_bytes: memory of the outputs kept at the same time, at most.
     """
 
@@ -159,10 +159,10 @@ class Recorder(Session):
         self.history_device = history_device
         self.recorded = Recorded()
         self.effects = EffectSums()
-        self.replaying: Reads | None = None
+        self.replaying: Reuse | None = None
         self.history_bytes = 0
-        #: Whether branches were computed in the last replay that should have been read.
-        self._unread = self._told_unread = False
+        #: Whether branches were computed in the last replay that should have been reused.
+        self._not_reused = self._told_not_reused = False
         self._subset = Subset()
 
     @property
@@ -172,27 +172,27 @@ class Recorder(Session):
 
     @property
     def calls_again(self) -> bool:
-        """Whether the model is called again after each call, with sites that are read."""
+        """Whether the model is called again after each call, with sites that are reused."""
         return self.reach > 0 or self.followed is not None
 
     def call_again(self, forward: Callable[[], Any], output: Any) -> Any:
         """What the call returns: ``output``, or what the followed schedule makes of it.
 
-        Before, reads at all lags are tried out, to note what they change.
+        Before, reuse is tried at all lags, to note what it changes.
         """
         computed = floating_tensors(output)
         for lag in self.lags_kept():
             if lag > self.reach:
                 break
-            read = floating_tensors(self.replay(forward, _all_from(lag)))
-            if self._unread:
+            reused = floating_tensors(self.replay(forward, _all_from(lag)))
+            if self._not_reused:
                 break
-            change = [after.float() - before.float() for after, before in zip(read, computed, strict=True)]
+            change = [after.float() - before.float() for after, before in zip(reused, computed, strict=True)]
             self.effects.add(self.moment.step, lag, change, self.moment.stream, self.moment.trajectory)
         return output if self.followed is None else self.replay(forward, self._as_scheduled)
 
     def _as_scheduled(self, site: SiteInfo, kept: Collection[int]) -> Sequence[tuple[int, float]]:
-        """How the followed schedule has a site read at this step."""
+        """How the followed schedule has a site reused at this step."""
         schedule, step = self.followed, self.moment.step
         if step >= schedule.steps:
             raise CalibrationError(
@@ -203,7 +203,11 @@ class Recorder(Session):
             return ()
         lags = [lag for lag in sorted(kept) if lag and row[step - lag]][: schedule.order_for(site) + 1]
         times = range(schedule.steps) if schedule.times is None else schedule.times
-        return tuple(zip(lags, weights([times[step - lag] for lag in lags], times[step]), strict=True)) if lags else ()
+        return (
+            tuple(zip(lags, forecast_coefficients([times[step - lag] for lag in lags], times[step]), strict=True))
+            if lags
+            else ()
+        )
 
     def dispatcher(self, builder: GraphBuilder) -> ObservedDispatcher:
         return ObservedDispatcher(builder, self)
@@ -246,7 +250,7 @@ class Recorder(Session):
         return {self.moment.step - kept.step: kept for kept in history}
 
     def lags_kept(self) -> list[int]:
-        """The lags at which all sites of the last call can be read."""
+        """The lags at which all sites of the last call can be reused."""
         stream, step = self.moment.stream, self.moment.step
         seen = [
             {step - kept.step for kept in history}
@@ -255,24 +259,24 @@ class Recorder(Session):
         ]
         return sorted(set.intersection(*seen) - {0}) if seen else []
 
-    def replay(self, forward: Callable[[], Any], reads: Reads) -> Any:
-        """What the model returns if sites are read like this."""
+    def replay(self, forward: Callable[[], Any], reuse: Reuse) -> Any:
+        """What the model returns if sites are reused like this."""
         self.current.call = ModelCall(self.moment)  # a call of its own, for the bindings
-        self.replaying, self._unread = reads, False
+        self.replaying, self._not_reused = reuse, False
         try:
             with torch.random.fork_rng():
                 return forward()
         finally:
             self.replaying = None
 
-    def note_unread(self) -> None:
-        """A graph has no outputs that could be read in the place of its branches: they were computed."""
-        self._unread = True
-        if not self._told_unread:
-            self._told_unread = True
+    def note_not_reused(self) -> None:
+        """A graph has no outputs that could be reused in the place of its branches: they were computed."""
+        self._not_reused = True
+        if not self._told_not_reused:
+            self._told_not_reused = True
             log.warning(
                 "a call of %s with copies of its inputs was captured as another graph than the call itself, and so "
-                "its branches are computed where they should be read: TORCH_LOGS=recompiles says what differs",
+                "its branches are computed where they should be reused: TORCH_LOGS=recompiles says what differs",
                 type(self.root).__name__,
             )
 
@@ -322,7 +326,7 @@ class Recorder(Session):
 
 
 def _lookback(schedule: Schedule) -> int:
-    """How many steps back the schedule's reads look, at most."""
+    """How many steps back the schedule reuses outputs, at most."""
     farthest = 0
     for row in schedule.compute.values():
         computed: list[int] = []

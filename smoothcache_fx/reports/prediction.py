@@ -70,7 +70,7 @@ def predict(programs: Sequence[Program], schedule: Schedule) -> Prediction:
             plan = plan_sites(schedule, binding.sites)
             orders = plan.orders or [0] * len(binding.sites)
             cache_bytes += sum(
-                site.cache_bytes + order * site.history_bytes
+                site.cache_bytes + order * site.slot_bytes
                 for i, (site, order) in enumerate(zip(binding.sites, orders, strict=True))
                 if plan.store >> i & 1
             )

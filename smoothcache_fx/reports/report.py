@@ -230,7 +230,7 @@ def _count_sites(program: Program, groups: dict[str, GroupReport], seen: Counter
         calls = sum(binding.calls.values())
         for index, site in enumerate(binding.sites):
             entry = groups.setdefault(site.group, GroupReport(prefix + site.group, site.kind))
-            computed = sum(count for (mask, _), count in binding.calls.items() if mask.compute >> index & 1)
+            computed = sum(count for (mask, _), count in binding.calls.items() if mask.computes(index))
             here[site.name] += 1
             if here[site.name] > seen[site.name]:  # it may be in graphs of other shapes, too
                 seen[site.name] += 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..schedules import coefficients as forecast
+from ..schedules.coefficients import difference_coefficients, forecast_coefficients
 from .caches import Stream, clear
 from .variant import Mask, Plan, SiteInfo, Variant, VariantBuilder
 
@@ -32,7 +32,7 @@ class Binding:
         self.forced: Counter[str] = Counter()
         self._site_of = {buffer: index for index, site in enumerate(self.sites) for buffer in site.buffers}
         #: By step, by which steps' outputs the caches hold and where.
-        self._weights: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._coefficients: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def stream(self, key: Hashable, signature: tuple[Any, ...], lane: int = 0) -> Stream:
         """The stream's cache; a new and empty one where the shapes of the inputs have changed."""
@@ -91,33 +91,33 @@ class Binding:
     def _place(self, stream: Stream, mask: Mask, buffer: int) -> int:
         """Which buffer a variant's cache is: of one that is stored, the slot at the head of the ring."""
         index = self._site_of[buffer]
-        if not stream.heads or not mask.store >> index & 1:
+        if not stream.heads or not mask.stores(index):
             return buffer
         site, order = self.sites[index], self.plan.orders[index]
-        slot = site.buffers.index(buffer) % site.history
+        slot = site.buffers.index(buffer) % site.slots
         differs = buffer - slot + 1 in site.differences
         # Values have the ring in all of their slots, differences in all but the first.
         if slot != int(differs) or not order:
             return buffer
         return buffer + stream.heads[index] % (order if differs else order + 1)
 
-    def weights(self, stream: Stream, step: int, builder: VariantBuilder) -> torch.Tensor:
-        """What each buffer counts for in the forecasts of a step."""
+    def coefficients(self, stream: Stream, step: int, builder: VariantBuilder) -> torch.Tensor:
+        """Each buffer's coefficient in the forecasts of a step."""
         key = step, tuple(stream.stored), stream.heads
-        found = self._weights.get(key)
+        found = self._coefficients.get(key)
         if found is None:
             times = self.plan.times
             values = [0.0] * self.buffer_count
             for index, (site, stored) in enumerate(zip(self.sites, stream.stored, strict=True)):
-                own = forecast.weights([times[at] for at in stored], times[step]) if stored else ()
-                for first in range(0, len(site.buffers), site.history):
-                    buffers = site.buffers[first : first + site.history]
+                own = forecast_coefficients([times[at] for at in stored], times[step]) if stored else ()
+                for first in range(0, len(site.buffers), site.slots):
+                    buffers = site.buffers[first : first + site.slots]
                     differs = not site.differences.isdisjoint(buffers)
-                    for age, weight in enumerate(forecast.of_differences(own) if differs else own):
-                        values[buffers[self._slot(index, stream.heads[index], age, differs)]] = weight
-            if len(self._weights) > 4 * len(times):  # a sampler that misses steps has new ones again and again
-                self._weights.clear()
-            found = self._weights[key] = builder.weights(values)
+                    for age, coefficient in enumerate(difference_coefficients(own) if differs else own):
+                        values[buffers[self._slot(index, stream.heads[index], age, differs)]] = coefficient
+            if len(self._coefficients) > 4 * len(times):  # a sampler that misses steps has new ones again and again
+                self._coefficients.clear()
+            found = self._coefficients[key] = builder.coefficients(values)
         return found
 
     def _slot(self, index: int, head: int, age: int, differs: bool) -> int:
@@ -132,7 +132,7 @@ class Binding:
         if mask.store:
             heads = list(stream.heads)
             for index, stored in enumerate(stream.stored):
-                if mask.store >> index & 1:
+                if mask.stores(index):
                     order = mask.orders[index] if mask.orders else 0
                     stream.stored[index] = (step, *stored[:order])
                     if order:

@@ -60,8 +60,8 @@ class GuardedDispatcher:
         if buffers is None:
             buffers = binding.arguments(stream, variant, mask, self.builder, inputs)
         arguments = [*variant.pick_inputs(inputs), *buffers]
-        if variant.weighs:
-            arguments.append(binding.weights(stream, moment.step, self.builder))
+        if variant.takes_coefficients:
+            arguments.append(binding.coefficients(stream, moment.step, self.builder))
         inputs.clear()
         try:
             outputs = variant.run(arguments)

@@ -20,12 +20,12 @@ class SiteInfo:
     kind: str
     #: Positions of its caches, output by output.
     buffers: tuple[int, ...]
-    #: How many of them belong to an output.
-    history: int
+    #: How many caches an output has: one more than the order.
+    slots: int
     flops: int
     cache_bytes: int
-    #: What one value of its history takes, of all outputs.
-    history_bytes: int = 0
+    #: Bytes of one slot, of all outputs.
+    slot_bytes: int = 0
     #: Those of its buffers that hold a difference of outputs.
     differences: frozenset[int] = frozenset()
 
@@ -47,6 +47,12 @@ class Mask:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def computes(self, index: int) -> bool:
+        return bool(self.compute >> index & 1)
+
+    def stores(self, index: int) -> bool:
+        return bool(self.store >> index & 1)
 
 
 #: Runs of neighbouring positions that are taken as slices, rather than item by item.
@@ -72,20 +78,20 @@ def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...
 
 
 class Variant:
-    """One compiled variant: which inputs and buffers it takes, whether weights too, and what it costs."""
+    """One compiled variant: which inputs and buffers it takes, whether coefficients too, and what it costs."""
 
     def __init__(
         self,
         run: Callable[[list[Any]], Sequence[Any]],
         inputs: tuple[int, ...],
         buffers: tuple[int, ...],
-        weighs: bool,
+        takes_coefficients: bool,
         flops: int,
     ) -> None:
         self.run = run
         self.inputs = inputs
         self.buffers = buffers
-        self.weighs = weighs
+        self.takes_coefficients = takes_coefficients
         self.flops = flops
         self.seconds = 0.0
         self.pick_inputs = picker(inputs)
@@ -109,7 +115,7 @@ class VariantBuilder(Protocol):
 
     def allocate(self, buffer: int, inputs: Sequence[Any]) -> torch.Tensor: ...
 
-    def weights(self, values: Sequence[float]) -> torch.Tensor: ...
+    def coefficients(self, values: Sequence[float]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
 
-def reduced(values: list[Tensor], weights: Tensor | None) -> Tensor:
+def reduced(values: list[Tensor], coefficients: Tensor | None) -> Tensor:
     """A forecast's value, worked out with NumPy: every product and sum in float32, then the first value's dtype."""
-    if weights is None:
+    if coefficients is None:
         return values[0]
-    numbers = [np.float32(weight) for weight in weights.tolist()]
+    numbers = [np.float32(number) for number in coefficients.tolist()]
     total = sum_of([number * value.cpu().float().numpy() for number, value in zip(numbers, values, strict=True)])
     return rounded(torch.from_numpy(np.asarray(total)), values[0].dtype).to(values[0].device)
 
@@ -51,16 +51,20 @@ def flat(values: list[list[Tensor]]) -> list[Tensor]:
 @given(data=st.data(), shape=shapes(most=5_000), count=st.integers(1, 5), forecasts=st.booleans())
 def test_any_shape_dtype_and_strides(data, shape, count, forecasts):
     x = data.draw(tensors(shape, data.draw(st.sampled_from(DTYPES))))
-    gates, values, weights = [], [], []
+    gates, values, coefficients = [], [], []
     for _ in range(count):
         gate_shape = data.draw(gate_shapes(shape))
         gates.append(None if gate_shape is None else data.draw(tensors(gate_shape, data.draw(st.sampled_from(DTYPES)))))
         length = data.draw(st.integers(0, 3)) if forecasts else 0
-        weights.append(data.draw(tensors((length,), torch.float32)) if length else None)
+        coefficients.append(data.draw(tensors((length,), torch.float32)) if length else None)
         values.append([data.draw(tensors(shape, data.draw(st.sampled_from(DTYPES)))) for _ in range(max(1, length))])
     before = x.clone(), [value.clone() for value in flat(values)]
-    out = residual_accumulate(x, gates, flat(values), weights if any(w is not None for w in weights) else None)
-    terms = [(gate, reduced(own, weight)) for gate, own, weight in zip(gates, values, weights, strict=True)]
+    out = residual_accumulate(
+        x, gates, flat(values), coefficients if any(w is not None for w in coefficients) else None
+    )
+    terms = [
+        (gate, reduced(own, coefficient)) for gate, own, coefficient in zip(gates, values, coefficients, strict=True)
+    ]
     assert_same_bits(out, expected(x, terms))
     assert out.stride() == torch.empty_like(x).stride()
     assert torch.equal(x, before[0])
@@ -89,23 +93,27 @@ def test_any_number_of_terms_is_rounded_once(dtype, gates, count):
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize(("dtype", "history"), [(d, d) for d in DTYPES] + [(torch.float32, torch.float16)], ids=str)
-def test_forecasts_take_their_own_part_of_one_tensor_of_weights(dtype, history, order):
+def test_forecasts_take_their_own_part_of_one_tensor_of_coefficients(dtype, history, order):
     x, count = randn(2, 5, 123, dtype=dtype), UNROLLED + 2
-    weights = randn((order + 1) * count + 1)[1:].split(order + 1)
+    coefficients = randn((order + 1) * count + 1)[1:].split(order + 1)
     gates = [randn(2, 1, 123, dtype=dtype) for _ in range(count)]
     values = [[randn(2, 5, 123, dtype=history if age else dtype) for age in range(order + 1)] for _ in range(count)]
-    out = residual_accumulate(x, gates, flat(values), list(weights))
-    terms = [(gate, reduced(own, weight)) for gate, own, weight in zip(gates, values, weights, strict=True)]
+    out = residual_accumulate(x, gates, flat(values), list(coefficients))
+    terms = [
+        (gate, reduced(own, coefficient)) for gate, own, coefficient in zip(gates, values, coefficients, strict=True)
+    ]
     assert_same_bits(out, expected(x, terms))
 
 
 def test_forecasts_beside_values_as_they_are():
     x, count = randn(2, 5, 123), 2 * UNROLLED
-    weights = [randn(1 + i % 3) if i % 4 else None for i in range(count)]
-    values = [[randn(2, 5, 123) for _ in range(1 if w is None else len(w))] for w in weights]
+    coefficients = [randn(1 + i % 3) if i % 4 else None for i in range(count)]
+    values = [[randn(2, 5, 123) for _ in range(1 if w is None else len(w))] for w in coefficients]
     gates = [randn(2, 1, 123) if i % 5 else None for i in range(count)]
-    terms = [(gate, reduced(own, weight)) for gate, own, weight in zip(gates, values, weights, strict=True)]
-    assert_same_bits(residual_accumulate(x, gates, flat(values), weights), expected(x, terms))
+    terms = [
+        (gate, reduced(own, coefficient)) for gate, own, coefficient in zip(gates, values, coefficients, strict=True)
+    ]
+    assert_same_bits(residual_accumulate(x, gates, flat(values), coefficients), expected(x, terms))
 
 
 def test_values_lie_in_memory_in_several_ways():
@@ -127,11 +135,13 @@ def test_a_run_takes_as_few_launches_as_can_be():
     assert sizes(x, Run(mixed, caches)) == [56], "small gates are copied to lie alike"
     large = [randn(2, 40, 8) if i == 30 else gate for i, gate in enumerate(alike_gates)]
     assert sizes(x, Run(large, caches)) == [30, 1, 25], "large ones are not"
-    weights = [randn(2) for _ in caches]
+    coefficients = [randn(2) for _ in caches]
     twice = [cache for cache in caches for _ in range(2)]
-    assert sizes(x, Run(alike_gates, twice, weights)) == [56]
-    weights[30] = randn(4)[::2]
-    assert sizes(x, Run(alike_gates, twice, weights)) == [30, 1, 25], "a launch has one stride for all weights"
+    assert sizes(x, Run(alike_gates, twice, coefficients)) == [56]
+    coefficients[30] = randn(4)[::2]
+    assert sizes(x, Run(alike_gates, twice, coefficients)) == [30, 1, 25], (
+        "a launch has one stride for all coefficients"
+    )
 
 
 def sizes(x: Tensor, run: Run) -> list[int]:
@@ -156,12 +166,12 @@ def test_what_holds_for_one_tensor_is_asked_once(monkeypatch):
         residual_accumulate(randn(2, 5, 8), gates, [*values[:-1], randn(2, 5, 1)])
 
 
-def test_weights_with_gaps():
+def test_coefficients_with_gaps():
     x, count = randn(2, 5, 8), UNROLLED + 1
-    weights = [randn(4)[::2] if i % 3 else randn(2) for i in range(count)]
+    coefficients = [randn(4)[::2] if i % 3 else randn(2) for i in range(count)]
     values = [[randn(2, 5, 8) for _ in range(2)] for _ in range(count)]
-    terms = [(None, reduced(own, weight)) for own, weight in zip(values, weights, strict=True)]
-    assert_same_bits(residual_accumulate(x, [None] * count, flat(values), weights), expected(x, terms))
+    terms = [(None, reduced(own, coefficient)) for own, coefficient in zip(values, coefficients, strict=True)]
+    assert_same_bits(residual_accumulate(x, [None] * count, flat(values), coefficients), expected(x, terms))
 
 
 def test_in_float32_it_gives_the_bits_of_one_load_after_the_other():
@@ -188,19 +198,19 @@ def test_no_elements_or_no_dimensions(shape, count):
 
 
 @pytest.mark.parametrize(
-    ("gates", "values", "weights", "message"),
+    ("gates", "values", "coefficients", "message"),
     [
         ([], [], None, "got 0 gates and 0 values, expected at least one gate and 0 values"),
         ([None], ["x", "x"], None, "got 1 gates and 2 values, expected at least one gate and 1 values"),
         ([None, None], ["x", "x"], [2, None], "got 2 gates and 2 values, expected at least one gate and 3 values"),
-        ([None, None], ["x", "x"], [2], "got 2 gates and 1 weights, expected the same number of each"),
-        ([None], ["x"] * 4, [4], r"weights\[0\] has shape \[4\], expected \[1\] to \[3\]"),
+        ([None, None], ["x", "x"], [2], "got 2 gates and 1 coefficients, expected the same number of each"),
+        ([None], ["x"] * 4, [4], r"coefficients\[0\] has shape \[4\], expected \[1\] to \[3\]"),
         ([None, None], ["x", (5, 8)], None, r"values\[1\] has shape \[5, 8\], expected x's \[2, 5, 8\]"),
         ([None, (3, 1, 8)], ["x", "x"], None, r"gate has shape \[3, 1, 8\], which does not broadcast"),
     ],
 )
 @pytest.mark.parametrize("device", [DEVICE, "meta"])
-def test_what_does_not_fit_is_refused(gates, values, weights, message, device):
+def test_what_does_not_fit_is_refused(gates, values, coefficients, message, device):
     """Alike when it runs and when it is traced."""
 
     def made(what: Any) -> Tensor | None:
@@ -208,7 +218,7 @@ def test_what_does_not_fit_is_refused(gates, values, weights, message, device):
 
     with pytest.raises(ValueError, match=f"residual_accumulate: {message}"):
         residual_accumulate(
-            made("x"), list(map(made, gates)), list(map(made, values)), weights and list(map(made, weights))
+            made("x"), list(map(made, gates)), list(map(made, values)), coefficients and list(map(made, coefficients))
         )
 
 
@@ -218,17 +228,19 @@ def test_another_dtype_is_refused():
         residual_accumulate(x, [None], [x.double()])
     with pytest.raises(TypeError, match=r"residual_accumulate: x is torch.int64, expected one of"):
         residual_accumulate(x.long(), [None], [x])
-    with pytest.raises(TypeError, match=r"residual_accumulate: weights\[0\] is torch.float16, expected torch.float32"):
+    with pytest.raises(
+        TypeError, match=r"residual_accumulate: coefficients\[0\] is torch.float16, expected torch.float32"
+    ):
         residual_accumulate(x, [None], [x], [torch.ones(1, device=DEVICE).half()])
 
 
 @pytest.mark.parametrize("forecasts", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype, forecasts):
-    weights = [None, randn(2), randn(3)] if forecasts else None
+    coefficients = [None, randn(2), randn(3)] if forecasts else None
     values = [randn(2, 5, 8, dtype=dtype) for _ in range(6 if forecasts else 3)]
     gates = [None, randn(2, 1, 8), randn(8, dtype=dtype)]
-    torch.library.opcheck(residual_accumulate, (randn(2, 5, 8, dtype=dtype), gates, values, weights))
+    torch.library.opcheck(residual_accumulate, (randn(2, 5, 8, dtype=dtype), gates, values, coefficients))
 
 
 def step(x, gate, first, second):

@@ -30,7 +30,7 @@ def test_any_shape_dtype_and_strides(data, outer, width, rms, keep, alike):
     dtypes = [data.draw(st.sampled_from(DTYPES)) for _ in range(3)]
     x, count = data.draw(tensors(shape, dtypes[0])), data.draw(st.integers(1, 4))
     order = data.draw(st.integers(0, 2))
-    gates, values, weights = [], [], []
+    gates, values, coefficients = [], [], []
     for number in range(count):
         if not (alike and gates):
             gate = data.draw(gate_shapes(shape))
@@ -38,10 +38,10 @@ def test_any_shape_dtype_and_strides(data, outer, width, rms, keep, alike):
             own = [data.draw(tensors(shape, data.draw(st.sampled_from(DTYPES)))) for _ in range(order + 1)]
         gates.append(gate if number % 3 else None)
         values += own
-        weights.append(data.draw(tensors((order + 1,), torch.float32)) if order else None)
+        coefficients.append(data.draw(tensors((order + 1,), torch.float32)) if order else None)
     spread = [data.draw(gate_shapes(shape)) for _ in range(4)]
     spread = [None if one is None else data.draw(tensors(one, dtypes[1])) for one in spread]
-    run = x, gates, values, weights if order else None
+    run = x, gates, values, coefficients if order else None
     out, h = residual_accumulate_norm(*run, *spread, EPS, rms, keep)
     expected = residual_accumulate(*run)
     assert h.stride() == torch.empty_like(x).stride()
@@ -59,10 +59,10 @@ def test_any_shape_dtype_and_strides(data, outer, width, rms, keep, alike):
 def test_long_runs_at_widths_of_known_models(width, order, dtype):
     x, gates = randn(1, 2, width, dtype=dtype), [randn(1, 1, width, dtype=dtype) for _ in range(20)]
     values = [randn(1, 2, width, dtype=dtype) for _ in range(20 * (order + 1))]
-    weights = list(randn(20 * (order + 1)).split(order + 1)) if order else None
+    coefficients = list(randn(20 * (order + 1)).split(order + 1)) if order else None
     modulation, shift = randn(1, 1, width, dtype=dtype), randn(1, 1, width, dtype=dtype)
-    out, h = residual_accumulate_norm(x, gates, values, weights, None, None, modulation, shift, EPS)
-    assert_same_bits(out, residual_accumulate(x, gates, values, weights))
+    out, h = residual_accumulate_norm(x, gates, values, coefficients, None, None, modulation, shift, EPS)
+    assert_same_bits(out, residual_accumulate(x, gates, values, coefficients))
     assert_normed(h, out, [None, None, modulation, shift], False, EPS)
 
 
@@ -82,7 +82,7 @@ def test_no_rows():
 
 
 def operands(dtype: torch.dtype = torch.float32) -> list[object]:
-    """x, gates, values, weights, weight, bias, modulation, shift"""
+    """x, gates, values, coefficients, weight, bias, modulation, shift"""
     values = [randn(2, 5, 8, dtype=dtype) for _ in range(3)]
     run = [randn(2, 5, 8, dtype=dtype), [randn(2, 1, 8), None], values, [randn(2), None]]
     return [*run, randn(8), randn(8), randn(2, 1, 8), randn(2, 1, 8)]
@@ -93,7 +93,7 @@ def operands(dtype: torch.dtype = torch.float32) -> list[object]:
     [
         (0, (), r"x has shape \[\], expected rows of 1 to"),
         (0, (1, WIDEST + 1), r"x has shape \[1, 8193\], expected rows of 1 to 8192"),
-        (1, [None, None, None], "got 3 gates and 2 weights"),
+        (1, [None, None, None], "got 3 gates and 2 coefficients"),
         (2, [(2, 5, 8), (2, 5, 9), (2, 5, 8)], r"values\[1\] has shape \[2, 5, 9\], expected x's"),
         (3, None, "got 2 gates and 3 values"),
         (4, (9,), r"weight has shape \[9\], which does not broadcast"),

@@ -18,15 +18,15 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 #: A line's and a parabola's at a step ahead; 1 and 0 stand for themselves.
-WEIGHTS = {2: [1.5, -0.5], 3: [1.875, -1.25, 0.375]}
+COEFFICIENTS = {2: [1.5, -0.5], 3: [1.875, -1.25, 0.375]}
 
 
-def branch_of(values: Sequence[Tensor], weights: Tensor) -> Tensor:
+def branch_of(values: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     """The weighted sum in float32, rounded to the first one's dtype. Minus zero is what adds nothing to any number."""
-    return expected(torch.full_like(values[0], -0.0), list(zip(weights, values, strict=True)))
+    return expected(torch.full_like(values[0], -0.0), list(zip(coefficients, values, strict=True)))
 
 
-def weights_of(numbers: Sequence[float], start: int = 0, step: int = 1) -> Tensor:
+def coefficients_of(numbers: Sequence[float], start: int = 0, step: int = 1) -> Tensor:
     """A part of a larger tensor, what lies around it being NaN."""
     storage = torch.full((start + step * len(numbers) + 1,), float("nan"), device=DEVICE)
     part = storage[start : start + step * len(numbers) : step]
@@ -42,67 +42,70 @@ def test_any_shape_dtype_and_strides(data, shape, count):
     gate_shape = data.draw(gate_shapes(shape))
     gate = None if gate_shape is None else data.draw(tensors(gate_shape, gate_dtype))
     numbers = data.draw(st.lists(st.floats(-3, 3, width=32), min_size=count, max_size=count))
-    weights = weights_of(numbers, data.draw(st.integers(0, 5)), data.draw(st.sampled_from([1, 1, 2])))
+    coefficients = coefficients_of(numbers, data.draw(st.integers(0, 5)), data.draw(st.sampled_from([1, 1, 2])))
     before = [one.clone() for one in (x, *values)]
-    out = residual_forecast(x, gate, values, weights)
-    assert_same_bits(out, expected(x, [(gate, branch_of(values, weights))]))
+    out = residual_forecast(x, gate, values, coefficients)
+    assert_same_bits(out, expected(x, [(gate, branch_of(values, coefficients))]))
     assert out.stride() == torch.empty_like(x).stride()
     assert all(torch.equal(one, old) for one, old in zip((x, *values), before, strict=True))
 
 
-@pytest.mark.parametrize("count", WEIGHTS)
+@pytest.mark.parametrize("count", COEFFICIENTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_it_gives_the_bits_of_the_graphs_forecast(dtype, count):
     """That is, of the nodes which ``passes.forecast`` puts before a residual add."""
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter cuts bfloat16 off")
     x, gate = randn(2, 41, 130), randn(2, 1, 130)
-    values, weights = [randn(2, 41, 130, dtype=dtype) for _ in range(count)], weights_of(WEIGHTS[count], 3)
-    out = residual_forecast(x, gate, values, weights)
-    assert_same_bits(out, residual_load(x, gate, forecast(values, weights)))
+    values, coefficients = (
+        [randn(2, 41, 130, dtype=dtype) for _ in range(count)],
+        coefficients_of(COEFFICIENTS[count], 3),
+    )
+    out = residual_forecast(x, gate, values, coefficients)
+    assert_same_bits(out, residual_load(x, gate, forecast(values, coefficients)))
 
 
-@pytest.mark.parametrize("count", WEIGHTS)
+@pytest.mark.parametrize("count", COEFFICIENTS)
 @pytest.mark.parametrize("older", DTYPES, ids=str)
 def test_of_differences_too(older, count):
     """A last output in float32 and differences in any dtype."""
     x, gate, newest = randn(2, 41, 130, dtype=torch.bfloat16), randn(2, 1, 130), randn(2, 41, 130)
     values = [newest, *(randn(2, 41, 130, dtype=older) for _ in range(count - 1))]
-    weights = weights_of([1.0, 0.875, -0.375][:count], 3)
-    out = residual_forecast(x, gate, values, weights)
-    assert_same_bits(out, expected(x, [(gate, forecast(values, weights))]))
+    coefficients = coefficients_of([1.0, 0.875, -0.375][:count], 3)
+    out = residual_forecast(x, gate, values, coefficients)
+    assert_same_bits(out, expected(x, [(gate, forecast(values, coefficients))]))
 
 
-@pytest.mark.parametrize("count", WEIGHTS)
+@pytest.mark.parametrize("count", COEFFICIENTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_with_weights_1_and_0_it_gives_the_bits_of_a_load(dtype, count):
+def test_with_coefficients_1_and_0_it_gives_the_bits_of_a_load(dtype, count):
     x, gate = randn(2, 41, 130, dtype=dtype), randn(2, 1, 130)
     values = [randn(2, 41, 130, dtype=dtype) for _ in range(count)]
-    weights = torch.eye(count, device=DEVICE)
+    coefficients = torch.eye(count, device=DEVICE)
     for number, value in enumerate(values):
-        out = residual_forecast(x, gate, values, weights[number])
+        out = residual_forecast(x, gate, values, coefficients[number])
         assert_same_bits(out, residual_load(x, gate, value))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_output_is_written_whole(dtype):
     with filled_with_nan():
-        values, weights = [randn(3, 41, 123, dtype=dtype) for _ in range(2)], weights_of(WEIGHTS[2])
-        out = residual_forecast(randn(3, 41, 123, dtype=dtype), randn(3, 1, 123), values, weights)
+        values, coefficients = [randn(3, 41, 123, dtype=dtype) for _ in range(2)], coefficients_of(COEFFICIENTS[2])
+        out = residual_forecast(randn(3, 41, 123, dtype=dtype), randn(3, 1, 123), values, coefficients)
     assert not out.isnan().any()
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 8), ()])
 def test_no_elements_or_no_dimensions(shape):
-    x, values, weights = randn(*shape), [randn(*shape), randn(*shape)], weights_of(WEIGHTS[2])
-    out = residual_forecast(x, None, values, weights)
-    assert_same_bits(out, expected(x, [(None, branch_of(values, weights))]))
+    x, values, coefficients = randn(*shape), [randn(*shape), randn(*shape)], coefficients_of(COEFFICIENTS[2])
+    out = residual_forecast(x, None, values, coefficients)
+    assert_same_bits(out, expected(x, [(None, branch_of(values, coefficients))]))
 
 
 def operands(dtype: torch.dtype = torch.float32, count: int = 2) -> list[Tensor]:
-    """x, gate, values, weights"""
+    """x, gate, values, coefficients"""
     values = [randn(2, 5, 8, dtype=dtype) for _ in range(count)]
-    return [randn(2, 5, 8, dtype=dtype), randn(2, 1, 8), *values, weights_of(WEIGHTS[count], 3)]
+    return [randn(2, 5, 8, dtype=dtype), randn(2, 1, 8), *values, coefficients_of(COEFFICIENTS[count], 3)]
 
 
 @pytest.mark.parametrize(
@@ -114,9 +117,9 @@ def operands(dtype: torch.dtype = torch.float32, count: int = 2) -> list[Tensor]
         (2, torch.zeros(2, 5, 1), ValueError, r"values\[0\] has shape \[2, 5, 1\], expected x's \[2, 5, 8\]"),
         (3, torch.zeros(5, 8), ValueError, r"values\[1\] has shape \[5, 8\], expected x's \[2, 5, 8\]"),
         (3, torch.zeros(2, 5, 8, dtype=torch.float64), TypeError, r"values\[1\] is torch.float64, expected one of"),
-        (4, torch.zeros(2).half(), TypeError, "weights is torch.float16, expected torch.float32"),
-        (4, torch.zeros(3), ValueError, r"weights has shape \[3\], expected \[2\]"),
-        (4, torch.zeros(2, 1), ValueError, r"weights has shape \[2, 1\], expected \[2\]"),
+        (4, torch.zeros(2).half(), TypeError, "coefficients is torch.float16, expected torch.float32"),
+        (4, torch.zeros(3), ValueError, r"coefficients has shape \[3\], expected \[2\]"),
+        (4, torch.zeros(2, 1), ValueError, r"coefficients has shape \[2, 1\], expected \[2\]"),
     ],
 )
 @pytest.mark.parametrize("device", [DEVICE, "meta"])
@@ -124,9 +127,9 @@ def test_what_does_not_fit_is_refused(position, operand, error, message, device)
     """Alike when it runs and when it is traced."""
     given = [one.to(device) for one in operands()]
     given[position] = operand.to(device)
-    x, gate, *values, weights = given
+    x, gate, *values, coefficients = given
     with pytest.raises(error, match=f"residual_forecast: {message}"):
-        residual_forecast(x, gate, values, weights)
+        residual_forecast(x, gate, values, coefficients)
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
@@ -136,53 +139,53 @@ def test_other_numbers_of_values_are_refused(count):
         residual_forecast(x, None, [x] * count, torch.ones(count, device=DEVICE))
 
 
-@pytest.mark.parametrize(("position", "name"), [(1, "gate"), (3, r"values\[1\]"), (4, "weights")])
+@pytest.mark.parametrize(("position", "name"), [(1, "gate"), (3, r"values\[1\]"), (4, "coefficients")])
 def test_another_device_is_refused(position, name):
     given = operands()
     given[position] = given[position].to("meta")
-    x, gate, *values, weights = given
+    x, gate, *values, coefficients = given
     with pytest.raises(ValueError, match=f"residual_forecast: {name} is on meta, expected x's device {DEVICE}"):
-        residual_forecast(x, gate, values, weights)
+        residual_forecast(x, gate, values, coefficients)
 
 
-@pytest.mark.parametrize("count", WEIGHTS)
+@pytest.mark.parametrize("count", COEFFICIENTS)
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype, gate, count):
-    x, gates, *values, weights = operands(dtype, count)
-    torch.library.opcheck(residual_forecast, (x, gates if gate else None, values, weights))
+    x, gates, *values, coefficients = operands(dtype, count)
+    torch.library.opcheck(residual_forecast, (x, gates if gate else None, values, coefficients))
 
 
 def test_opcheck_of_mixed_dtypes():
-    x, gate, newest, *older, weights = operands(count=3)
+    x, gate, newest, *older, coefficients = operands(count=3)
     values = [newest, *(value.half() for value in older)]
-    torch.library.opcheck(residual_forecast, (x, gate, values, weights))
+    torch.library.opcheck(residual_forecast, (x, gate, values, coefficients))
 
 
 def test_fake_tensors_show_what_a_run_gives():
-    x, gate, *values, weights = operands(torch.bfloat16)
+    x, gate, *values, coefficients = operands(torch.bfloat16)
     x = x.transpose(0, 2).contiguous().transpose(0, 2)
-    out = residual_forecast(x, gate, values, weights)
+    out = residual_forecast(x, gate, values, coefficients)
     with FakeTensorMode() as mode:
-        x, gate, weights, *values = (mode.from_tensor(one) for one in (x, gate, weights, *values))
-        fake = residual_forecast(x, gate, values, weights)
+        x, gate, coefficients, *values = (mode.from_tensor(one) for one in (x, gate, coefficients, *values))
+        fake = residual_forecast(x, gate, values, coefficients)
     assert (fake.shape, fake.dtype, fake.device, fake.stride()) == (out.shape, out.dtype, out.device, out.stride())
 
 
-def step(x, gate, first, second, weights):
-    return torch.relu(residual_forecast(torch.tanh(x), gate, [first, second], weights[2:4]))
+def step(x, gate, first, second, coefficients):
+    return torch.relu(residual_forecast(torch.tanh(x), gate, [first, second], coefficients[2:4]))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_it_stays_whole_in_the_graph(backend):
-    """One graph for all weights: they are read when it runs."""
+    """One graph for all coefficients: they are read when it runs."""
     recorded = AotEagerAndRecordGraphs()
     compiled = torch.compile(step, backend=recorded if backend == "aot_eager" else backend, fullgraph=True)
     given = operands(torch.bfloat16)[:-1]
     for stance, numbers in (("default", [1.5, -0.5]), ("fail_on_recompile", [1.0, 0.0])):
-        weights = weights_of([0.0, 0.0, *numbers])
+        coefficients = coefficients_of([0.0, 0.0, *numbers])
         with torch.no_grad(), torch.compiler.set_stance(stance):
-            torch.testing.assert_close(compiled(*given, weights), step(*given, weights))
+            torch.testing.assert_close(compiled(*given, coefficients), step(*given, coefficients))
     for graph in recorded.fw_graphs:
         targets = [node.target for node in graph.graph.nodes]
         assert targets.count(torch.ops.smoothcache.residual_forecast.default) == 1, graph.print_readable(False)
@@ -203,23 +206,23 @@ def launch(
     gate: Tensor | None,
     value: Tensor,
     count: int,
-    weights: Tensor | None = None,
+    coefficients: Tensor | None = None,
     older: Tensor | None = None,
 ):
     """What the op would launch for these operands; ``older`` stands for all values but the first."""
     from aot import record
 
     module = importlib.import_module("smoothcache_fx.kernels.residual_forecast")
-    weights = meta((count,), FLOAT) if weights is None else weights
+    coefficients = meta((count,), FLOAT) if coefficients is None else coefficients
     values = [value, *[value if older is None else older] * (count - 1)]
-    return record(module, "residual_forecast_kernel", lambda: module._launch(x, gate, values, weights))
+    return record(module, "residual_forecast_kernel", lambda: module._launch(x, gate, values, coefficients))
 
 
 def check_128_bits(recorder, capability: int, count: int, x: torch.dtype, value: torch.dtype, gate: torch.dtype | None):
     from aot import compile_launch
 
     artefact = compile_launch(recorder, capability)
-    assert [access for access in artefact.accesses if access[1] != 128] == [("ld", 32)] * count, "weights only"
+    assert [access for access in artefact.accesses if access[1] != 128] == [("ld", 32)] * count, "coefficients only"
     # A thread has eight elements.
     moved = tuple(sum(bits for kind, bits in artefact.accesses if kind == one) for one in ("ld", "st"))
     read = x.itemsize + count * value.itemsize + (0 if gate is None else gate.itemsize)
@@ -233,7 +236,7 @@ def check_128_bits(recorder, capability: int, count: int, x: torch.dtype, value:
 
 
 @compiles
-@pytest.mark.parametrize("count", WEIGHTS)
+@pytest.mark.parametrize("count", COEFFICIENTS)
 @pytest.mark.parametrize(
     "dtypes",
     [
@@ -263,7 +266,7 @@ def test_ahead_of_time_differences_are_read_in_their_dtype(older):
     recorder = launch(meta(DIT, FLOAT), meta((2, 1, 1152), FLOAT), meta(DIT, FLOAT), 3, older=meta(DIT, older))
     for capability in CAPABILITIES:
         artefact = compile_launch(recorder, capability)
-        assert [access for access in artefact.accesses if access[1] != 128] == [("ld", 32)] * 3, "weights only"
+        assert [access for access in artefact.accesses if access[1] != 128] == [("ld", 32)] * 3, "coefficients only"
         read = sum(bits for kind, bits in artefact.accesses if kind == "ld")
         assert read == 64 * (3 * FLOAT.itemsize + 2 * older.itemsize) + 32 * 3
         assert artefact.spilled_bytes() == (0, 0)
@@ -331,7 +334,7 @@ def test_ahead_of_time_samples_have_64_bit_bases():
 @compiles
 @pytest.mark.parametrize("gate", [(2, 1, 1152), None], ids=str)
 def test_ahead_of_time_this_is_what_a_launch_compiles(gate, monkeypatch):
-    """Triton's own launcher, up to the launch, compiles the same code, and but once for all sites' weights."""
+    """Triton's own launcher, up to the launch, compiles the same code, and but once for all sites' coefficients."""
     from aot import compile_launch
     from test_ahead_of_time import Hopper, triton
 
