@@ -20,6 +20,7 @@ from ..schedules.schedule import Schedule
 from .effects import Effects
 from .greedy import alpha_for, scan
 from .html import calibration_html
+from .measurements import ALL
 from .optimal import predicted_error
 from .planner import optimal_rows, warn_if_behind
 from .site_errors import SiteErrors
@@ -29,9 +30,6 @@ __all__ = ["Calibration", "SiteErrors"]
 
 FORMAT = "smoothcache_fx.calibration"
 VERSION = 2
-
-#: Stands for all groups together, where sensitivities are by group.
-ALL = "*"
 
 
 @dataclass(eq=False)
@@ -337,10 +335,16 @@ class Calibration:
         try:
             if not isinstance(data["sites"], list):
                 raise CalibrationError(f"sites is a {type(data['sites']).__name__}, expected a list")
-            sites = [SiteErrors.from_json(site) for site in data["sites"]]
-            effects = None if data["effects"] is None else Effects.from_json(data["effects"])
-            arguments = [data[key] for key in ("steps", "lags")], [data[key] for key in ("history_bytes", "metadata")]
-            return cls(*arguments[0], sites, *arguments[1], effects, data["sensitivity"], data.get("timesteps"))
+            return cls(
+                steps=data["steps"],
+                lags=data["lags"],
+                sites=[SiteErrors.from_json(site) for site in data["sites"]],
+                history_bytes=data["history_bytes"],
+                metadata=data["metadata"],
+                effects=None if data["effects"] is None else Effects.from_json(data["effects"]),
+                sensitivity=data["sensitivity"],
+                timesteps=data.get("timesteps"),
+            )
         except CalibrationError as reason:
             raise CalibrationError(f"{str(path)!r} holds no valid calibration: {reason}") from reason
 

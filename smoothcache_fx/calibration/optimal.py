@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +14,8 @@ from ..errors import CalibrationError
 from ..schedules.coefficients import forecast_coefficients
 from ..schedules.schedule import Schedule
 from .effects import Effects
+from .measurements import ALL, Measurements
 from .segments import Costs, reach, segment_costs
-
-if TYPE_CHECKING:
-    from .calibration import Calibration
 
 Array = NDArray[np.float64]
 #: The share of a plan's squared error that is taken to add up over segments as if they were independent: samplers turn
@@ -199,11 +196,11 @@ class JointPlan:
 class LagPlan:
     """Rows that groups share, by their errors alone: what there is without effects, for reads of order 0."""
 
-    def __init__(self, calibration: Calibration, groups: Iterable[str]) -> None:
-        ones = np.ones(calibration.steps)
+    def __init__(self, measured: Measurements, groups: Iterable[str]) -> None:
+        ones = np.ones(measured.steps)
         self._costs = functools.reduce(
             np.add,
-            (lag_costs(calibration.error(group), calibration.sensitivity.get(group, ones)) for group in groups),
+            (lag_costs(measured.error(group), measured.sensitivity.get(group, ones)) for group in groups),
         )
 
     def costs(self) -> Costs:
@@ -223,29 +220,33 @@ class LagPlan:
         return list(row)
 
 
-def joint_plan(calibration: Calibration, order: int, times: Sequence[float] | None) -> JointPlan:
+def require_effects(measured: Measurements, order: int) -> Effects:
+    """What was measured of effects. Raises ``CalibrationError`` where it does not reach as far as the order needs."""
+    if measured.effects is None or reach(measured.lags, order) > measured.effects.reach:
+        raise too_high(measured, order)
+    return measured.effects
+
+
+def joint_plan(measured: Measurements, order: int, times: Sequence[float] | None) -> JointPlan:
     """The error model for rows that all groups share; CalibrationError if the calibration lacks what it needs."""
-    effects = calibration.effects
-    if effects is None or reach(calibration.lags, order) > effects.reach:
-        raise too_high(calibration, order)
-    importance = calibration.sensitivity.get("*", np.ones(calibration.steps))
-    return JointPlan(effects, importance, calibration.lags, order, times)
+    importance = measured.sensitivity.get(ALL, np.ones(measured.steps))
+    return JointPlan(require_effects(measured, order), importance, measured.lags, order, times)
 
 
-def predicted_error(calibration: Calibration, schedule: Schedule) -> float:
+def predicted_error(measured: Measurements, schedule: Schedule) -> float:
     """As `Calibration.predicted_error`."""
-    sites = calibration.sites
+    sites = measured.sites
     rows, orders = {schedule.row_for(site) for site in sites}, {schedule.order_for(site) for site in sites}
-    if schedule.steps != calibration.steps or len(rows) > 1 or len(orders) > 1:
+    if schedule.steps != measured.steps or len(rows) > 1 or len(orders) > 1:
         raise CalibrationError(
-            f"errors are predicted of schedules of {calibration.steps} steps that have one row and one order for all "
+            f"errors are predicted of schedules of {measured.steps} steps that have one row and one order for all "
             f"groups; this one has {schedule.steps} steps, {len(rows)} rows and {len(orders)} orders"
         )
-    return math.sqrt(joint_plan(calibration, orders.pop(), schedule.times).error(rows.pop(), independent=0.0))
+    return math.sqrt(joint_plan(measured, orders.pop(), schedule.times).error(rows.pop(), independent=0.0))
 
 
-def too_high(calibration: Calibration, order: int) -> CalibrationError:
+def too_high(measured: Measurements, order: int) -> CalibrationError:
     return CalibrationError(
-        f"this calibration has no data for forecasts of order {order}: calibrate(..., lags={calibration.lags}, "
+        f"this calibration has no data for forecasts of order {order}: calibrate(..., lags={measured.lags}, "
         f"order={order}) measures it"
     )

@@ -6,7 +6,6 @@ import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from ..errors import CalibrationError
 from ..schedules.clusters import Cluster, clustered, joined, variants_of
 from ..schedules.rows import times_of
 from ..schedules.schedule import HIGHEST_ORDER, Schedule
+from .measurements import Measurements
 from .optimal import (
     CAUTIOUS,
     INDEPENDENT,
@@ -32,9 +32,6 @@ from .segments import Costs, best_rows, reach, share
 from .site_errors import SiteErrors
 from .statistics import combine
 
-if TYPE_CHECKING:
-    from .calibration import Calibration
-
 log = logging.getLogger(__name__)
 
 #: Predictions are not exact, and the best of many are too good: rows other than every n-th, and forecasts, which take
@@ -45,7 +42,7 @@ BEHIND = 0.9
 
 
 def optimal_rows(
-    calibration: Calibration,
+    measured: Measurements,
     budget: float,
     order: int | None,
     rows: str | None,
@@ -65,20 +62,20 @@ def optimal_rows(
         order = whole_number(order, "order", 0, CalibrationError)
         if order > HIGHEST_ORDER:
             raise CalibrationError(f"order is {order}, expected 0, 1 or {HIGHEST_ORDER}, or None for the best of them")
-    times = None if times is None else times_of(times, calibration.steps)
+    times = None if times is None else times_of(times, measured.steps)
     if rows is None:
-        rows = "joint" if calibration.effects is not None or order in (None, 0) else "group"
+        rows = "joint" if measured.effects is not None or order in (None, 0) else "group"
     if rows == "joint":
-        row, order = _joint_row(calibration, budget, order, times, keep_last)
-        return dict.fromkeys(calibration.groups, row), order
+        row, order = _joint_row(measured, budget, order, times, keep_last)
+        return dict.fromkeys(measured.groups, row), order
     if rows not in ("group", "site"):
         raise CalibrationError(f"rows is {rows!r}, expected 'joint', 'group' or 'site'")
-    parts = calibration.groups if rows == "group" else {site.name: (site,) for site in calibration.sites}
+    parts = measured.groups if rows == "group" else {site.name: (site,) for site in measured.sites}
     flops = {key: sum(site.flops for site in sites) for key, sites in parts.items()}
     clusters = clustered(flops) if rows == "group" else [(key,) for key in parts]
     best: tuple[float, dict[str, list[bool]], int] | None = None
-    for candidate in _orders(calibration, order, products=True):
-        costs = {key: _costs(calibration, sites, candidate, times) for key, sites in parts.items()}
+    for candidate in _orders(measured, order, products=True):
+        costs = {key: _costs(measured, sites, candidate, times) for key, sites in parts.items()}
         try:
             total, found = _separate_rows(flops, clusters, costs, budget, keep_last, max_variants)
         except CalibrationError:
@@ -91,15 +88,15 @@ def optimal_rows(
     return best[1], best[2]
 
 
-def _orders(calibration: Calibration, order: int | None, products: bool = False) -> Sequence[int]:
+def _orders(measured: Measurements, order: int | None, products: bool = False) -> Sequence[int]:
     """The orders to choose from: the one that is asked for, or all that the calibration can predict."""
     if order is not None:
         return (order,)
     if products:
-        reaches = [0 if site.products is None else site.products.reach for site in calibration.sites]
+        reaches = [0 if site.products is None else site.products.reach for site in measured.sites]
     else:
-        reaches = [0 if calibration.effects is None else calibration.effects.reach]
-    return [0, *(k for k in range(1, HIGHEST_ORDER + 1) if reach(calibration.lags, k) <= min(reaches))]
+        reaches = [0 if measured.effects is None else measured.effects.reach]
+    return [0, *(k for k in range(1, HIGHEST_ORDER + 1) if reach(measured.lags, k) <= min(reaches))]
 
 
 def _separate_rows(
@@ -131,16 +128,16 @@ def _separate_rows(
 
 
 def _joint_row(
-    calibration: Calibration, budget: float, order: int | None, times: Sequence[float] | None, keep_last: bool
+    measured: Measurements, budget: float, order: int | None, times: Sequence[float] | None, keep_last: bool
 ) -> tuple[list[bool], int]:
     """One row for all groups, and its order: every n-th step in reads of order 0, unless another is clearly better."""
     best: tuple[float, list[bool], int] | None = None
-    for candidate in _orders(calibration, order):
+    for candidate in _orders(measured, order):
         plan: JointPlan | LagPlan
-        if calibration.effects is None and candidate == 0:
-            plan = LagPlan(calibration, calibration.groups)
+        if measured.effects is None and candidate == 0:
+            plan = LagPlan(measured, measured.groups)
         else:
-            plan = joint_plan(calibration, candidate, times)
+            plan = joint_plan(measured, candidate, times)
         costs, found = best_rows(plan.costs(), keep_last)
         try:
             count = share({"": costs}, None, budget)[""]
@@ -148,10 +145,10 @@ def _joint_row(
             if best is None:
                 raise
             continue  # forecasts need more computed steps, as after guidance is switched off
-        regular = every_nth_row(calibration.steps, count, keep_last)
+        regular = every_nth_row(measured.steps, count, keep_last)
         independent = INDEPENDENT if order is not None else CAUTIOUS
         # Errors of even gaps undo each other, which the program cannot see: improving them may lead to a better end.
-        starts = [found[count], regular] + ([even_row(calibration.steps, count)] if count > 1 else [])
+        starts = [found[count], regular] + ([even_row(measured.steps, count)] if count > 1 else [])
         found_from = [plan.improve(start, keep_last, independent) for start in starts if start]
         improved = min(found_from, key=lambda row: plan.error(row, independent))
         if order is not None:
@@ -164,22 +161,22 @@ def _joint_row(
     return best[1], best[2]
 
 
-def _costs(calibration: Calibration, sites: Sequence[SiteErrors], order: int, times: Sequence[float] | None) -> Costs:
+def _costs(measured: Measurements, sites: Sequence[SiteErrors], order: int, times: Sequence[float] | None) -> Costs:
     """The costs of segments of a group, or of a site."""
-    ones = np.ones(calibration.steps)
-    importance = calibration.sensitivity.get(sites[0].group, ones)
+    ones = np.ones(measured.steps)
+    importance = measured.sensitivity.get(sites[0].group, ones)
     products = [site.products for site in sites if site.products is not None]
     if len(products) == len(sites):
-        if reach(calibration.lags, order) > products[0].reach:
-            raise too_high(calibration, order)
+        if reach(measured.lags, order) > products[0].reach:
+            raise too_high(measured, order)
         # What a group's error does is shared by its sites as if each did it by itself.
-        return product_costs(group_matrix(products), importance, calibration.lags, order, times)
+        return product_costs(group_matrix(products), importance, measured.lags, order, times)
     if order:
-        raise too_high(calibration, order)
+        raise too_high(measured, order)
     return lag_costs(combine([site.moments for site in sites])[1], importance)
 
 
-def warn_if_behind(calibration: Calibration, schedule: Schedule) -> None:
+def warn_if_behind(measured: Measurements, schedule: Schedule) -> None:
     """Tell where every n-th step, at the cost of a schedule to within half a step, is predicted to err less.
 
     What a schedule with several rows errs by is not known. It is taken to err as the best of its rows would if all
@@ -187,12 +184,12 @@ def warn_if_behind(calibration: Calibration, schedule: Schedule) -> None:
     """
     computed = schedule.compute_fraction * schedule.steps
     count = max(1, round(computed))
-    if count in (1, schedule.steps) or calibration.effects is None:
+    if count in (1, schedule.steps) or measured.effects is None:
         return
-    if schedule.highest_order not in _orders(calibration, None):
+    if schedule.highest_order not in _orders(measured, None):
         return
     regular = every_nth_row(schedule.steps, count)
-    plan = joint_plan(calibration, schedule.highest_order, schedule.times)
+    plan = joint_plan(measured, schedule.highest_order, schedule.times)
     other, error = (
         math.sqrt(min(plan.error(row, independent=0.0) for row in rows))
         for rows in ([regular], set(schedule.compute.values()))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..calibration.calibration import Calibration
-from ..calibration.optimal import even_row, every_nth_row, joint_plan
+from ..calibration.optimal import require_effects
 from ..checks import function, instance, number_of, some_of, whole_number
 from ..compiled.compiler import compile, remove
 from ..errors import CalibrationError
@@ -16,6 +17,7 @@ from ..graphs.tables import Printable, format_table
 from ..reports.compare import Metric, as_vector, psnr
 from ..schedules.schedule import HIGHEST_ORDER, Schedule
 from .calibrate import calibrate
+from .candidates import Candidate, affordable_steps, candidates_for
 from .sensitivity import measure_sensitivity
 
 #: Schedules of one budget that are tried before a larger budget is, where a quality is asked for.
@@ -137,99 +139,101 @@ def choose(
             "schedule with; allow more, or probe less"
         )
     if calibration is None:
-        seen: list[Any] = []
-        calibration = calibrate(
+        calibration, reference = _calibrated(
             model_or_pipeline,
-            lambda model: seen.append(sample(model)),
+            sample,
+            probes=probes,
+            calls_per_step=calls_per_step,
+            progress=progress,
             lags=lags,
             order=max(orders),
             steps=steps,
-            calls_per_step=calls_per_step,
-            progress=progress,
-        )
-        reference = seen[0]
-        as_vector(reference)  # an error before many runs, if nothing can be measured of it
-        calibration = measure_sensitivity(
-            model_or_pipeline, sample, calibration, probes=probes, calls_per_step=calls_per_step, progress=progress
         )
     else:
-        joint_plan(calibration, max(orders), None)  # an error if it lacks what predictions need
+        require_effects(calibration, max(orders))
         reference = sample(model_or_pipeline)
-        as_vector(reference)
-    trials: list[Trial] = []
 
-    def tried(candidates: Iterator[tuple[str, Schedule, float]], most: int) -> Iterator[Trial]:
-        for (rows, schedule, predicted), _ in zip(candidates, range(most), strict=False):
-            if before + len(trials) == trajectories:
-                return
-            compile(model_or_pipeline, schedule, backend=backend, calls_per_step=calls_per_step, **options)
-            try:
-                value = sample(model_or_pipeline)
-            finally:
-                remove(model_or_pipeline)
-            measured = psnr(as_vector(reference), as_vector(value)) if metric is None else metric(reference, value)
-            trials.append(Trial(rows, schedule, predicted, float(measured)))
-            yield trials[-1]
+    def run(schedule: Schedule) -> Any:
+        compile(model_or_pipeline, schedule, backend=backend, calls_per_step=calls_per_step, **options)
+        try:
+            return sample(model_or_pipeline)
+        finally:
+            remove(model_or_pipeline)
 
-    if at_least is None:
-        count = _count(calibration, wanted)
-        best = max(tried(_candidates(calibration, count, orders), trajectories), key=lambda trial: trial.metric)
-    else:
-        best = None
+    trials = Trials(run, reference, metric, most=trajectories - before)
+    best = trials.best(calibration, orders, wanted) if at_least is None else trials.least(calibration, orders, wanted)
+    schedule = Schedule.uniform(calibration.steps, 1) if best is None else best.schedule
+    value = math.inf if best is None else best.metric
+    return Choice(schedule, value, tuple(trials.made), before + len(trials.made), calibration)
+
+
+def _calibrated(
+    model_or_pipeline: Any,
+    sample: Callable[[Any], Any],
+    *,
+    probes: int,
+    calls_per_step: int | None,
+    progress: bool,
+    **settings: Any,
+) -> tuple[Calibration, Any]:
+    """A calibration with sensitivities, and what ``sample`` returned uncached."""
+    seen: list[Any] = []
+    calibration = calibrate(
+        model_or_pipeline,
+        lambda model: seen.append(sample(model)),
+        calls_per_step=calls_per_step,
+        progress=progress,
+        **settings,
+    )
+    calibration = measure_sensitivity(
+        model_or_pipeline, sample, calibration, probes=probes, calls_per_step=calls_per_step, progress=progress
+    )
+    return calibration, seen[0]
+
+
+class Trials:
+    """Samples with schedules, measures what comes out, and searches for the best within a number of runs.
+
+    Attributes:
+        made: so far, in order.
+    """
+
+    def __init__(self, run: Callable[[Schedule], Any], reference: Any, metric: Metric | None, most: int) -> None:
+        """Raises ``CalibrationError`` where no PSNR to ``reference`` can be measured, and no metric is given."""
+        self.made: list[Trial] = []
+        self._run, self._most = run, most
+        if metric is None:
+            uncached = as_vector(reference)
+            self._measure = lambda value: psnr(uncached, as_vector(value))
+        else:
+            self._measure = lambda value: metric(reference, value)
+
+    @property
+    def left(self) -> int:
+        return self._most - len(self.made)
+
+    def of(self, candidates: Iterable[Candidate], most: int) -> Iterator[Trial]:
+        """Trials of at most so many candidates, one after the other, while there are runs left."""
+        for candidate in itertools.islice(candidates, min(most, self.left)):
+            value = float(self._measure(self._run(candidate.schedule)))
+            self.made.append(Trial(candidate.rows, candidate.schedule, candidate.predicted, value))
+            yield self.made[-1]
+
+    def best(self, calibration: Calibration, orders: Sequence[int], compute: float) -> Trial:
+        """The best of all candidates for a budget."""
+        candidates = candidates_for(calibration, affordable_steps(calibration, compute), orders)
+        return max(self.of(candidates, self._most), key=lambda trial: trial.metric)
+
+    def least(self, calibration: Calibration, orders: Sequence[int], at_least: float) -> Trial | None:
+        """The one that computes the fewest steps of those that are good enough, by bisection; None for all steps."""
+        found = None
         fewest, most = math.ceil(calibration.steps / (calibration.lags + 1)), calibration.steps
-        while fewest < most and before + len(trials) < trajectories:
+        while fewest < most and self.left:
             count = (fewest + most) // 2
-            good = (t for t in tried(_candidates(calibration, count, orders), TRIED) if t.metric >= wanted)
-            found = next(good, None)
-            if found is None:
+            trials = self.of(candidates_for(calibration, count, orders), TRIED)
+            good = next((trial for trial in trials if trial.metric >= at_least), None)
+            if good is None:
                 fewest = count + 1
             else:
-                best, most = found, count
-    everything = Schedule.uniform(calibration.steps, 1)
-    schedule, measured = (everything, math.inf) if best is None else (best.schedule, best.metric)
-    return Choice(schedule, measured, tuple(trials), before + len(trials), calibration)
-
-
-def _count(calibration: Calibration, compute: float) -> int:
-    """How many steps the best schedule for a budget computes."""
-    schedule = calibration.schedule(compute=compute, solver="optimal", order=0)
-    return sum(next(iter(schedule.compute.values())))
-
-
-def _candidates(calibration: Calibration, count: int, orders: Sequence[int]) -> Iterator[tuple[str, Schedule, float]]:
-    """Schedules that compute at most so many steps, what their rows are and their predicted errors: least first."""
-    steps = calibration.steps
-    found: dict[Schedule, tuple[str, float]] = {}
-    for order in sorted(set(orders)):
-        try:
-            optimal = calibration.schedule(compute=count / steps, solver="optimal", order=order)
-        except CalibrationError:  # forecasts need more computed steps, as after guidance is switched off
-            if order == max(orders) and not found:
-                raise
-            continue
-        uniform = every_nth_row(steps, count)
-        uniform[-1] |= sum(uniform) < count
-        rows = {"every n-th": uniform}
-        if count > 1:
-            rows["even"] = even_row(steps, count)
-        for name, schedule in (
-            ("optimal", optimal),
-            *(
-                (
-                    name,
-                    Schedule(
-                        steps,
-                        dict.fromkeys(optimal.compute, row),
-                        order=order,
-                        flops=optimal.flops,
-                        timesteps=optimal.timesteps,
-                    ),
-                )
-                for name, row in rows.items()
-            ),
-        ):
-            predicted = calibration.predicted_error(schedule)
-            if math.isfinite(predicted):
-                found.setdefault(schedule, (name, predicted))
-    for schedule, (name, predicted) in sorted(found.items(), key=lambda item: item[1][1]):
-        yield name, schedule, predicted
+                found, most = good, count
+        return found

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..calibration.calibration import ALL, Calibration
+from ..calibration.calibration import Calibration
+from ..calibration.measurements import ALL
 from ..checks import flag, function, instance, whole_number
 from ..errors import CalibrationError
 from ..reports.compare import as_vector, relative_l2

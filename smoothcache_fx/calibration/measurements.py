@@ -1,0 +1,30 @@
+"""What a calibration has measured, as the solvers take it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .effects import Effects
+from .site_errors import SiteErrors
+
+#: Stands for all groups together, where sensitivities are by group.
+ALL = "*"
+
+
+class Measurements(Protocol):
+    """The part of a `Calibration` that rows and predicted errors follow from; its attributes are those."""
+
+    steps: int
+    lags: int
+    sites: list[SiteErrors]
+    effects: Effects | None
+    sensitivity: dict[str, NDArray[np.float64]]
+
+    @property
+    def groups(self) -> Mapping[str, Sequence[SiteErrors]]: ...
+
+    def error(self, group: str) -> NDArray[np.float64]: ...

@@ -1,0 +1,58 @@
+"""The schedules that ``choose`` samples with: of each order the optimal rows, even ones, and every n-th step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ..calibration.calibration import Calibration
+from ..calibration.optimal import even_row, every_nth_row
+from ..errors import CalibrationError
+from ..schedules.schedule import Schedule
+
+
+class Candidate(NamedTuple):
+    """A schedule to try: where its rows come from, itself, and its predicted error."""
+
+    rows: str
+    schedule: Schedule
+    predicted: float
+
+
+def affordable_steps(calibration: Calibration, compute: float) -> int:
+    """How many steps the best schedule for a budget computes."""
+    schedule = calibration.schedule(compute=compute, solver="optimal", order=0)
+    return sum(next(iter(schedule.compute.values())))
+
+
+def candidates_for(calibration: Calibration, count: int, orders: Sequence[int]) -> list[Candidate]:
+    """Schedules that compute at most ``count`` steps, the least predicted error first.
+
+    Raises:
+        CalibrationError: no forecast of these orders can be made with so few steps.
+    """
+    found: dict[Schedule, Candidate] = {}
+    for order in sorted(set(orders)):
+        try:
+            optimal = calibration.schedule(compute=count / calibration.steps, solver="optimal", order=order)
+        except CalibrationError:  # forecasts need more computed steps, as after guidance is switched off
+            if order == max(orders) and not found:
+                raise
+            continue
+        for rows, schedule in _with_other_rows(optimal, count, order):
+            predicted = calibration.predicted_error(schedule)
+            if math.isfinite(predicted):
+                found.setdefault(schedule, Candidate(rows, schedule, predicted))
+    return sorted(found.values(), key=lambda candidate: candidate.predicted)
+
+
+def _with_other_rows(optimal: Schedule, count: int, order: int) -> Iterator[tuple[str, Schedule]]:
+    """The schedule, and others that differ in their row only."""
+    yield "optimal", optimal
+    every_nth = every_nth_row(optimal.steps, count)
+    every_nth[-1] |= sum(every_nth) < count  # the last step, too, if there is room for it
+    rows = {"every n-th": every_nth} | ({"even": even_row(optimal.steps, count)} if count > 1 else {})
+    for name, row in rows.items():
+        compute = dict.fromkeys(optimal.compute, row)
+        yield name, Schedule(optimal.steps, compute, order=order, flops=optimal.flops, timesteps=optimal.timesteps)
