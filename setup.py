@@ -21,6 +21,7 @@ TEST = [
     "accelerate",
     "dit-smoothcache",
     "hypothesis",
+    "mypy",
     "peft",
     "pytest",
     "pytest-xdist",

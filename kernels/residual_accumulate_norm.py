@@ -103,7 +103,9 @@ def residual_accumulate_norm(
     _check(x, run, spread)
     if runs_triton(x):
         return _launch(x, run, spread, eps, rms, keep)
-    return residual_accumulate_norm_reference(x, gates, values, coefficients, *spread.values(), eps, rms, keep)
+    return residual_accumulate_norm_reference(
+        x, gates, values, coefficients, weight, bias, modulation, shift, eps, rms, keep
+    )
 
 
 @residual_accumulate_norm.register_fake

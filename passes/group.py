@@ -19,8 +19,10 @@ where its first member stood, once all that its members need has been moved befo
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -60,7 +62,7 @@ class Linear:
     bias: Node | None
 
     @property
-    def shape(self) -> tuple[object, ...]:
+    def shape(self) -> tuple[Any, ...]:
         """What members of a group have in common."""
         x, weight = tensor_value(self.x), tensor_value(self.weight)
         return x.dtype, x.device, *map(tuple, (x.shape, x.stride(), weight.shape, weight.stride())), self.bias is None
@@ -124,7 +126,7 @@ def _groups(graph: Graph) -> tuple[list[list[Linear]], set[Node]]:
     """Linears by level and shape, lower levels first, and what must not move: no linear of these depends on that."""
     level: dict[Node, int] = {}
     fixed: set[Node] = set()
-    groups: dict[object, list[Linear]] = {}
+    groups: dict[tuple[int, Any], list[Linear]] = {}
     for node in graph.nodes:
         level[node] = max((level[parent] for parent in node.all_input_nodes), default=0)
         if _must_stay(node) or not fixed.isdisjoint(node.all_input_nodes):
@@ -185,7 +187,7 @@ def _hoist(graph: Graph, nodes: Sequence[Node], anchor: Node) -> None:
 class _Batch:
     """Pointwise work on the members of a stack, done on the stack, until the members part."""
 
-    def __init__(self, graph: Graph, stacked: Node, fixed: Collection[Node]) -> None:
+    def __init__(self, graph: Graph, stacked: Node, fixed: AbstractSet[Node]) -> None:
         self.graph = graph
         self.fixed = fixed
         self.pending = [stacked]

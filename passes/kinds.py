@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch.fx import Node
+
 from .candidates import Candidate
 from .facts import NONLINEAR, GraphFacts, aten, packet
 
@@ -28,7 +30,7 @@ def _holds_feed_forward(facts: GraphFacts, candidate: Candidate) -> bool:
     in a product, a recurrence adds gated keys and values to its state, and what joins before the last attention makes
     its queries or keys: all that is attention.
     """
-    after_attention, up, activated, down = set(), set(), set(), set()
+    after_attention, up, activated, down = (set[Node]() for _ in range(4))
     for node in candidate.region:
         parents = set(node.all_input_nodes)
         if node in candidate.attention or parents & after_attention:

@@ -41,7 +41,7 @@ def unique_names(paths: Sequence[str], kinds: Sequence[str], call: int = 0) -> l
         path if path and len(kinds_of[path]) == 1 else f"{path}.{kind}".lstrip(".")
         for path, kind in zip(paths, kinds, strict=True)
     ]
-    total, seen = Counter(bases), Counter()
+    total, seen = Counter(bases), Counter[str]()
     names = []
     for base in bases:
         seen[base] += 1

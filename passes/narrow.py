@@ -142,7 +142,7 @@ def _pieces(user: Node, whole: Node, columns: int) -> list[Piece] | None:
     """The pieces that a split or slice takes of the last dimension, or None if it is neither."""
     last = tensor_value(whole).ndim - 1
     if packet(user) is aten.slice:
-        _, dim, start, end, *step = (*user.args, *(0, 0, columns)[len(user.args) - 1 :])
+        _, dim, start, end, *step = [*user.args, *(0, 0, columns)[len(user.args) - 1 :]]
         if dim not in (-1, last) or step not in ([], [1]) or not all(isinstance(x, int) for x in (start, end)):
             return None
         start, end = (min(max(x + columns if x < 0 else x, 0), columns) for x in (start, end))

@@ -13,6 +13,7 @@ out. PyTorch looks for the name anywhere in that string, so no name is part of a
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -82,8 +83,12 @@ def run_passes(gm: GraphModule, target: Target, label: str) -> GraphModule:
     """The graph after all passes for a target; ``label`` names it in the log."""
     for one in PASSES:
         if one.applies(target):
-            gm = run_pass(one.name, lambda gm, one=one: one.run(gm, target), gm, label)
+            gm = run_pass(one.name, functools.partial(_run_for, one, target), gm, label)
     return gm
+
+
+def _run_for(one: Pass, target: Target, gm: GraphModule) -> GraphModule:
+    return one.run(gm, target)
 
 
 def run_pass(name: str, run: Callable[[GraphModule], GraphModule], gm: GraphModule, label: str) -> GraphModule:

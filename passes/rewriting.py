@@ -14,7 +14,8 @@ from .facts import ASSERTIONS, packet
 
 def copy_graph(gm: GraphModule) -> tuple[Graph, dict[Node, Node]]:
     """A copy of the module's graph, and where each node went. Metadata is copied."""
-    graph, mapping = Graph(), {}
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
     for node in gm.graph.nodes:
         mapping[node] = graph.node_copy(node, mapping.__getitem__)
     graph.set_codegen(gm.graph._codegen)

@@ -181,7 +181,7 @@ def _piece(node: object) -> tuple[Node, int, int, int] | None:
         return None
     if packet(node) is aten.slice and not node.kwargs and (*node.args, 1)[4:5] in ((), (1,)):
         dim = (*node.args, 0)[1] if len(node.args) > 1 else 0
-        start, stop = (*node.args[2:4], *(0, None)[len(node.args[2:4]) :])
+        start, stop = [*node.args[2:4], *(0, None)[len(node.args[2:4]) :]]
         size = tensor_value(node.args[0]).shape[dim]
         bounds = [0 if start is None else start, size if stop is None else stop]
         if not all(type(bound) is int for bound in (*bounds, size)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -76,7 +77,7 @@ def _check_outputs(gm: GraphModule, like: GraphModule, stage: str) -> None:
             raise GraphError(f"after {stage}: output {index} is {mine}, the captured graph's is {wanted}")
 
 
-def _signature(node: Node) -> object:
+def _signature(node: Node) -> Any:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         return tuple(str(size) for size in value.shape), value.dtype, value.device
@@ -110,7 +111,8 @@ def _is_difference(value: Node, cache: Node, older: Sequence[Node]) -> bool:
 
 
 def _check_cache(cache: Node) -> None:
-    writes, reads = [], []
+    writes: list[Node] = []
+    reads: list[Node] = []
     pending = [(cache, user) for user in cache.users]
     while pending:
         value, user = pending.pop()

@@ -11,7 +11,7 @@ from .errors import ScheduleError, SmoothCacheError
 T = TypeVar("T")
 
 
-def scalar(value: object) -> object:
+def scalar(value: Any) -> Any:
     """numpy's and torch's scalars as Python's; anything else as it is."""
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 

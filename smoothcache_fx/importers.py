@@ -55,6 +55,9 @@ def learning_to_cache(
 
     Raises:
         ScheduleError: the file cannot be read or is another one, such as a router for U-ViT, whose rule differs.
+
+    Example:
+        >>> schedule = smoothcache.importers.learning_to_cache("ckpt/DDIM20_router.pt")  # doctest: +SKIP
     """
     threshold = _number(threshold, "threshold", 0.0, 1.0)
     templates = _templates(names)
@@ -103,6 +106,11 @@ def pyramid_attention_broadcast(
 
     Raises:
         ScheduleError: no interval is given, or something is not as described.
+
+    Example:
+        >>> pipe.scheduler.set_timesteps(50)
+        >>> timesteps = pipe.scheduler.timesteps
+        >>> schedule = smoothcache.importers.pyramid_attention_broadcast(timesteps, spatial=2, cross=6)
     """
     times = _finite(timesteps, "timesteps", "the sampler's timesteps in sampling order, such as [999, 979, ..., 19]")
     wanted = {"spatial": spatial, "temporal": temporal, "cross": cross}
@@ -153,6 +161,10 @@ def mag_cache(
 
     Raises:
         ScheduleError: something is not as described.
+
+    Example:
+        >>> ratios = [1.0] + [0.99] * 48 + [0.9]  # as MagCacheConfig(calibrate=True) prints them
+        >>> schedule = smoothcache.importers.mag_cache(ratios, threshold=0.06)
     """
     listed = _finite(ratios, "ratios", "what MagCacheConfig(calibrate=True) prints")
     # In the precision that they are given in, float32 for a list: it decides where an error is at the threshold.
@@ -203,6 +215,10 @@ def taylor_seer(
 
     Raises:
         ScheduleError: something is not as described.
+
+    Example:
+        >>> schedule = smoothcache.importers.taylor_seer(50, interval=5, order=1)
+        >>> model = smoothcache.compile(model, schedule)
     """
     steps = whole_number(steps, "steps", least=1)
     interval = whole_number(interval, "interval", least=1)

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -163,7 +163,7 @@ def plot_frontier(points: Sequence[tuple[str, float, float, float]], path: str |
     heights = [point[3] for point in finite]
     top = max(heights) + max(3.0, 0.12 * (max(heights) - min(heights)))
     for axis, index, label in ((axes[0], 1, "times faster than uncached"), (axes[1], 2, "MAC ratio")):
-        front = pareto_front([(point[index], point[3]) for point in finite])
+        front = pareto_front([(cast(float, point[index]), point[3]) for point in finite])
         axis.plot(*zip((1.0, top), *front, strict=True), color="0.75", zorder=1)
         axis.plot(1.0, top, "^", color="0.3", label="uncached (infinite)")
         for number, (name, *_) in enumerate(points):

@@ -110,6 +110,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_the_sites_are_found_under_their_names",
         "test_a_step_that_reuses_everything_runs_no_product_of_a_branch",
     ),
+    "test_types.py": ("test_types",),
     "test_whole.py": ("test_the_trajectory_is_the_oracles",),
 }
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 import smoothcache_fx as smoothcache
 from capture import Attention, Block, Stack, inputs
@@ -474,6 +475,27 @@ def test_what_another_process_left_on_disk(tmp_path):
             check=False,
         )
         assert done.returncode == 0 and "done" in done.stdout, f"{name}:\n{done.stdout}\n{done.stderr}"
+
+
+def test_code_on_disk_is_of_the_same_ops(monkeypatch):
+    """An update may change an op's arguments: code that calls it as it was must not be found again."""
+    from smoothcache_fx.capture import _inductor
+
+    def misses() -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        model = randomize(Stack(1), 0).eval()
+        smoothcache.compile(model, Schedule(2, {"attn": [1, 0], "ffn": [1, 0]}))
+        with torch.no_grad():
+            for _ in range(2):
+                model(*inputs())
+        return counters["inductor"]["fxgraph_cache_miss"]
+
+    with fresh_cache():
+        assert misses() == 2
+        assert misses() == 0
+        monkeypatch.setattr(_inductor, "_schemas", lambda: "residual_load(Tensor x, Tensor cache) -> Tensor")
+        assert misses() == 2
 
 
 def test_no_sites_at_all():

@@ -326,7 +326,7 @@ class Calibration:
                 holds something that is no calibration.
         """
         data = read_object(path, CalibrationError, "calibration")
-        keys = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "sensitivity")
+        keys: tuple[str, ...] = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "sensitivity")
         if data.get("format") == FORMAT and data.get("version") == 1:
             data = {"effects": None, "sensitivity": {}, **data}
         if "timesteps" in data:

@@ -192,7 +192,7 @@ def warn_if_behind(measured: Measurements, schedule: Schedule) -> None:
     plan = joint_plan(measured, schedule.highest_order, schedule.times)
     other, error = (
         math.sqrt(min(plan.error(row, independent=0.0) for row in rows))
-        for rows in ([regular], set(schedule.compute.values()))
+        for rows in ([regular], [list(map(bool, row)) for row in set(schedule.compute.values())])
     )
     if other < BEHIND * error:
         log.warning(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +56,9 @@ def segment_costs(
     for step in range(steps):
         longest = min(lags, steps - 1 - step)
         for gaps, computed in histories(step, lags, order):
+            reused: Any = (step, slice(1, longest + 1), *gaps)
+            costs[reused] = cost(computed)[:longest]
             costs[(step, 0, *gaps)] = 0.0
-            costs[(step, slice(1, longest + 1), *gaps)] = cost(computed)[:longest]
     return costs
 
 

@@ -74,7 +74,7 @@ class SiteErrors:
     def empty(cls, name: str, group: str, kind: str, flops: float, *, lags: int, steps: int) -> SiteErrors:
         """A site without observations."""
         shape = (lags, steps)
-        return cls(name, group, kind, flops, np.zeros(shape), np.full(shape, np.nan), np.zeros(shape))
+        return cls(name, group, kind, flops, np.zeros(shape, np.int64), np.full(shape, np.nan), np.zeros(shape))
 
     @property
     def moments(self) -> Moments:

@@ -19,7 +19,7 @@ def combine(moments: Sequence[Moments]) -> Moments:
     Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
     (1979).
     """
-    count = np.sum([n for n, _, _ in moments], axis=0, dtype=np.int64)
+    count = np.asarray(np.sum([n for n, _, _ in moments], axis=0, dtype=np.int64))
     reference = moments[0][1]
     for _, mean, _ in moments[1:]:
         reference = np.where(np.isnan(reference), mean, reference)

@@ -7,9 +7,10 @@ import functools
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.compiler.config
@@ -17,7 +18,7 @@ from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor.output_code import OutputCode
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._ordered_set import OrderedSet
 
 InnerCompile = Callable[..., Any]
@@ -82,8 +83,8 @@ class CapturedGraph(OutputCode):
         self._boxed_call = True
         self._pickled = b""
 
-    def __call__(self, inputs: list[Any]) -> Sequence[Any]:
-        return self.run(inputs)
+    def __call__(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        return self.run(cast(list, inputs))
 
     def prepare_for_serialization(self) -> None:
         """Called on a copy of what goes on running. Sizes that are symbols belong to one process: not kept."""
@@ -119,7 +120,8 @@ class CapturedGraph(OutputCode):
 
 def _bare_copy(captured: GraphModule) -> GraphModule:
     """A copy with the metadata that can be pickled; of the stack of modules it has the paths alone."""
-    graph, mapping = Graph(), {}
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
     for node in captured.graph.nodes:
         copy = mapping[node] = graph.node_copy(node, mapping.__getitem__)
         copy.meta = {key: value for key, value in node.meta.items() if key in _KEPT_METADATA}
@@ -137,12 +139,21 @@ def capture(gm: GraphModule, inputs: Sequence[Any], inner_compile: InnerCompile,
         code.compile(example_inputs)
         return code
 
-    with (
-        functorch_config.patch(bundled_autograd_cache=True),
-        torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} {CACHE_KEY_TAG}"),
-        _during(inner_compile),
-    ):
+    with functorch_config.patch(bundled_autograd_cache=True), _tagged(CACHE_KEY_TAG), _during(inner_compile):
         return compile_fx(gm, inputs, inner_compile=captured, config_patches=patches)
+
+
+def _tagged(tag: str) -> AbstractContextManager[None]:
+    """What is written to the disk, or read from it, belongs to this tag."""
+    config: Any = torch.compiler.config  # its patch is made at run time
+    return config.patch(cache_key_tag=f"{config.cache_key_tag} {tag}")
+
+
+@functools.cache
+def _schemas() -> str:
+    """Of our ops. Inductor's key for code has their names alone, and so would find code for an older version's."""
+    schemas = torch._C._jit_get_all_schemas()
+    return "; ".join(sorted(str(schema) for schema in schemas if schema.name.startswith("smoothcache::")))
 
 
 @contextlib.contextmanager
@@ -173,7 +184,7 @@ def _register_lowerings() -> None:
             V.graph.register_operation(self)
 
         def codegen(self, wrapper: Any) -> None:
-            cache, *operands = (one.codegen_reference() for one in self.inputs)
+            cache, *operands = (cast(Any, one).codegen_reference() for one in self.inputs)
             kernel = "mm" if len(operands) == 2 else "addmm"
             operands = [*operands[2:], *operands[:2]]
             wrapper.writeline(f"extern_kernels.{kernel}({', '.join(operands)}, out={cache})")
@@ -211,6 +222,7 @@ def compile(
     fake_mode = detect_fake_mode(fake_inputs)
     with (
         inductor_config.patch(patches),
+        _tagged(_schemas()),
         tracing(TracingContext(fake_mode)),
         V.set_fake_mode(fake_mode),
         torch.no_grad(),

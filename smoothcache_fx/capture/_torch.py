@@ -9,7 +9,7 @@ import re
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._dynamo.convert_frame
@@ -258,7 +258,7 @@ def bind_symbols(fake: Any, real: Any, values: dict[Any, int]) -> None:
     if isinstance(fake, torch.SymInt):
         pairs = [(fake, real)]
     elif isinstance(fake, torch.Tensor):
-        pairs = zip(fake.shape, real.shape, strict=True)
+        pairs = list(zip(cast(Any, fake.shape), real.shape, strict=True))
     else:
         return
     for symbolic, size in pairs:

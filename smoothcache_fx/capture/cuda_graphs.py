@@ -105,7 +105,7 @@ def recorded_at_once(run: Boxed, sizes: Sequence[int], moved: Sequence[int]) -> 
             recorded.add(key)
         return run(arguments)
 
-    call.__wrapped__ = run
+    call.__wrapped__ = run  # type: ignore[attr-defined]
     return call
 
 

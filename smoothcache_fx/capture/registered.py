@@ -47,14 +47,15 @@ def smoothcache_backend(
         )
     name, calls = settings.pop("backend", "inductor"), settings.pop("calls_per_step", 1)
     inner = inner_compiler(name, mode, settings or None, None)
-    session = Session(schedule, inner, Clock(schedule.steps, calls), None)
+    own_clock = Clock(schedule.steps, calls)
+    session = Session(schedule, inner, own_clock, None)
     program, run = compile_frame(session, gm, inputs)
     check_selectors(schedule, program.builder.sites)
     weights = program.frame.weights
 
     def clock_of(arguments: Sequence[Any]) -> Clock:
         if not weights:
-            return session.clock
+            return own_clock
         clock = _clocks.get(arguments[weights[0]])
         if clock is None or (clock.steps, clock.calls_per_step) != (schedule.steps, calls):
             clock = _clocks[arguments[weights[0]]] = Clock(schedule.steps, calls)

@@ -225,7 +225,7 @@ class GraphBuilder:
         """The variant's graph for a mask, compiled or not."""
         if mask not in self.graphs:
             sites = range(len(self.sites))
-            chosen = {
+            chosen: dict[str, Any] = {
                 "compute": {i for i in sites if mask.computes(i)},
                 "store": {i for i in sites if mask.stores(i)},
                 "orders": mask.orders,

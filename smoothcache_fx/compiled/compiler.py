@@ -23,7 +23,7 @@ from .forward import CompiledForward, ForwardPlace, compiled_forwards, forward_o
 
 log = logging.getLogger(__name__)
 
-Model = TypeVar("Model")
+Model = TypeVar("Model", bound=Any)
 
 #: Beyond so many variants compiling takes longer than users expect: it is a warning.
 MANY_VARIANTS = 6
@@ -73,6 +73,11 @@ def compile(
         StepError: at a call of a bare model that goes on after the schedule's last step, that comes from a second
             thread before the first one's trajectory has ended, or that repeats the last one's timestep; of a pipeline
             when its scheduler's ``set_timesteps`` is given another number of steps than the schedule has.
+
+    Example:
+        >>> schedule = smoothcache.Schedule.uniform(50, 2)  # every second step is computed
+        >>> model = smoothcache.compile(model, schedule)
+        >>> image = sample(model, seed=0)
     """
     if not isinstance(schedule, Schedule):
         raise TypeError(
@@ -101,10 +106,12 @@ def compile(
             check_compilable(model_or_pipeline.components[name])
         shared = SchedulerClock(schedule.steps, schedule.timesteps)
         _inner_compiler(settings)  # raises for bad arguments before anything is replaced
-        forwards = [_install(model, schedule, DenoiserClock(shared), settings) for model in models.values()]
-        for forward in forwards:
+        clocks = [DenoiserClock(shared) for _ in models]
+        pairs = zip(models.values(), clocks, strict=True)
+        forwards = [_install(model, schedule, clock, settings) for model, clock in pairs]
+        for forward, clock in zip(forwards, clocks, strict=True):
             forward.peers = forwards
-            forward.undo_context = follow_cache_context(forward.model, forward.session.clock)
+            forward.undo_context = follow_cache_context(forward.model, clock)
         shared.attach(model_or_pipeline)
     return model_or_pipeline
 
@@ -150,8 +157,8 @@ def _join(
     forwards = [forward_of(model) for model in models.values()]
     if None in forwards:
         return False
-    clocks = [forward.session.clock for forward in forwards]
-    if not all(isinstance(clock, DenoiserClock) and clock.shared is clocks[0].shared for clock in clocks):
+    clocks = [clock for forward in forwards if isinstance(clock := forward.session.clock, DenoiserClock)]
+    if len(clocks) < len(forwards) or len({clock.shared for clock in clocks}) > 1:
         return False
     shared = clocks[0].shared
     if shared.follows(pipeline):
@@ -197,6 +204,10 @@ def remove(model_or_pipeline: Model) -> Model:
 
     Of a pipeline everything is given back: the denoisers' forwards, the schedulers, also for other pipelines that
     share the denoisers.
+
+    Example:
+        >>> model = smoothcache.compile(model, schedule)
+        >>> model = smoothcache.remove(model)  # as it was
     """
     for forward in compiled_forwards(model_or_pipeline).values():
         forward.uninstall()
@@ -212,6 +223,12 @@ def reset(model_or_pipeline: Any) -> None:
     """Begin a trajectory: the next call is step 0. From the first use on, only this begins a trajectory.
 
     Of a pipeline, whose scheduler tells the step, it forgets what is cached.
+
+    Example:
+        >>> model = smoothcache.compile(model, schedule)
+        >>> for seed in range(2):
+        ...     smoothcache.reset(model)  # for a sampler that stops early, or has no timestep
+        ...     image = sample(model, seed)
     """
     for forward in compiled_forwards(model_or_pipeline).values():
         forward.session.clock.begin()
@@ -222,6 +239,12 @@ def disabled(model_or_pipeline: Any) -> Iterator[None]:
     """Run the original forward, uncompiled and uncached, inside the ``with``. The schedule's step stays where it is.
 
     Of a pipeline any number of steps may be run inside.
+
+    Example:
+        >>> model = smoothcache.compile(model, schedule)
+        >>> with smoothcache.disabled(model):
+        ...     reference = sample(model, seed=0)
+        >>> image = sample(model, seed=0)
     """
     forwards = compiled_forwards(model_or_pipeline).values()
     clocks = [f.session.clock.shared for f in forwards if isinstance(f.session.clock, DenoiserClock)]

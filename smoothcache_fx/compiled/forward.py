@@ -237,7 +237,10 @@ class ForwardPlace:
 
     def put(self, forward: Callable[..., Any]) -> None:
         """Set it, or take it off the instance where it is the class's own."""
-        own = getattr(forward, "__self__", None) is self.model and forward.__func__ is type(self.model).forward
+        own = (
+            getattr(forward, "__self__", None) is self.model
+            and getattr(forward, "__func__", None) is type(self.model).forward
+        )
         if own and self.attribute == "forward":
             self.model.__dict__.pop("forward", None)
         else:
@@ -284,7 +287,7 @@ def check_inference(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
         if not isinstance(value, torch.Tensor) and isinstance(value, (list, tuple, dict)):
             leaves = pytree.tree_leaves(value)
         else:
-            leaves = (value,)
+            leaves = [value]
         for leaf in leaves:
             if isinstance(leaf, torch.fx.Proxy):
                 raise _NotExportedError(_NOT_EXPORTED)

@@ -98,7 +98,7 @@ class TimestepEmbedder(nn.Module):
         exponents = torch.arange(self.frequencies, device=t.device, dtype=torch.float32) / self.frequencies
         angles = 1000.0 * t.float().unsqueeze(1) * torch.exp(-math.log(10000.0) * exponents)
         sinusoids = torch.cat((angles.cos(), angles.sin()), dim=1)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
 
 
 def position_embedding(side: int, width: int) -> Tensor:
@@ -173,8 +173,8 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for weight in (self.y_embedder.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
-            nn.init.normal_(weight, std=0.02)
+        for layer in (self.y_embedder, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.get_parameter("weight"), std=0.02)
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)

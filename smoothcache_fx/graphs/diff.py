@@ -38,5 +38,5 @@ def diff_files(before: Path, after: Path, *, context: int = 1) -> Iterator[str]:
     rows = [("op", before.stem, after.stem), *((op, str(ours[op]), str(theirs[op])) for op in changed)]
     yield format_table([*rows, ("all ops", *total)])
     yield ""
-    lines = [text.splitlines() for text in texts]
-    yield from difflib.unified_diff(*lines, str(before), str(after), n=context, lineterm="")
+    old, new = (text.splitlines() for text in texts)
+    yield from difflib.unified_diff(old, new, str(before), str(after), n=context, lineterm="")

@@ -21,7 +21,7 @@ DEPTH = 2
 #: Seconds that Graphviz may take.
 PATIENCE = 60
 
-_BLUE, _ORANGE, _GREEN, _, _YELLOW, *_ = COLOURS
+_BLUE, _ORANGE, _GREEN, _YELLOW = (COLOURS[i] for i in (0, 1, 2, 4))
 _STYLES = {
     "branch": f'shape=box, style=filled, fillcolor="{_BLUE}", fontcolor=white',
     "guard": f'shape=diamond, style=filled, fillcolor="{_ORANGE}"',

@@ -78,6 +78,12 @@ def calibrate(
         CalibrationError: no model call was made, trajectories differ in length, or an output is NaN or infinite.
         NoSitesError: the model has no residual branch.
         CompiledError: the model is compiled, in training mode, or an input requires gradients.
+
+    Example:
+        >>> def samples(model):
+        ...     return [sample(model, seed) for seed in range(5)]
+        >>> calibration = smoothcache.calibrate(model, samples, steps=50)
+        >>> schedule = calibration.schedule(compute=0.5)
     """
     function(sample, "sample", "the model or pipeline that runs it")
     lags = whole_number(lags, "lags", 1, CalibrationError)

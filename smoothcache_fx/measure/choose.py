@@ -117,6 +117,11 @@ def choose(
         CalibrationError: if not exactly one of compute and at_least is given, one argument is out of range,
             ``trajectories`` leaves none to try a schedule, no schedule meets the budget, or ``calibration``
             was not made with as high an order.
+
+    Example:
+        >>> choice = smoothcache.choose(model, sample, compute=0.4, steps=50)
+        >>> print(choice)  # every schedule that was tried
+        >>> model = smoothcache.compile(model, choice.schedule)
     """
     if (compute is None) == (at_least is None):
         raise CalibrationError(f"compute is {compute} and at_least is {at_least}; give exactly one of them")

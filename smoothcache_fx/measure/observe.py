@@ -116,9 +116,10 @@ def observing(
         recorders = []
         for model in models:
             _check_observable(model)
-            recorders.append(recorder(model, DenoiserClock(shared)))
+            own_clock = DenoiserClock(shared)
+            recorders.append(recorder(model, own_clock))
             _observe(recorders[-1], model, bar, restore)
-            restore.callback(follow_cache_context(model, recorders[-1].clock))
+            restore.callback(follow_cache_context(model, own_clock))
         restore.callback(shared.detach)
         shared.attach(model_or_pipeline)
         yield Observed(recorders, lambda: _steps_of(shared), lambda: shared.sequences)

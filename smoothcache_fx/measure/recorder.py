@@ -77,7 +77,7 @@ class ObservedDispatcher:
         self.graph = observe(builder.captured, builder.sites)
         self.outputs_per_site = [len(site.outputs) for site in builder.sites]
         self.recorder = recorder
-        self._reusing: dict[Mask, Variant] = {}
+        self.variants: dict[Hashable, Variant] = {}
 
     def __call__(self, inputs: list[Any]) -> Sequence[Any]:
         if self.recorder.replaying is not None and self.outputs_per_site:
@@ -91,7 +91,7 @@ class ObservedDispatcher:
         return outputs[:own]
 
     def close(self) -> None:
-        self._reusing.clear()
+        self.variants.clear()
 
     def _reuse(self, inputs: list[Any], reuse: Reuse) -> Sequence[Any]:
         """The graph's outputs if sites are reused in place of being computed.
@@ -108,9 +108,9 @@ class ObservedDispatcher:
         terms = [reuse(site, history) for site in sites]
         computed = sum(1 << i for i, reused in enumerate(terms) if not reused)
         mask = Mask(computed, store=computed)
-        if mask not in self._reusing:
-            self._reusing[mask] = self.builder.build_uncompiled(mask)
-        variant = self._reusing[mask]
+        if mask not in self.variants:
+            self.variants[mask] = self.builder.build_uncompiled(mask)
+        variant = self.variants[mask]
         values: dict[int, torch.Tensor] = {}
         now = history[0]
         for index, (site, reused) in enumerate(zip(sites, terms, strict=True)):

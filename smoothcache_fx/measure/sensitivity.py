@@ -70,6 +70,11 @@ def measure_sensitivity(
     Raises:
         CalibrationError: the trajectories have other steps than the calibration's, the samples cannot be compared or
             come out different without a cause, or the calibration was made without ``order``.
+
+    Example:
+        >>> calibration = smoothcache.calibrate(model, sample, steps=50)
+        >>> calibration = smoothcache.measure_sensitivity(model, sample, calibration)
+        >>> schedule = calibration.schedule(compute=0.5)  # plans with both
     """
     function(sample, "sample", "the model or pipeline that runs it")
     instance(calibration, "calibration", Calibration, "calibrate makes one, and Calibration.load reads it")

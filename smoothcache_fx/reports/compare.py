@@ -153,6 +153,11 @@ def compare(
         CompiledError: it is compiled already.
         SmoothCacheError: ``sample`` returned nothing that can be compared, or something else the second time.
         Whatever ``compile`` and the compiled model raise for a schedule that does not fit.
+
+    Example:
+        >>> every_third = smoothcache.Schedule.uniform(50, 3)
+        >>> comparison = smoothcache.compare(model, {"every second": schedule, "every third": every_third}, sample)
+        >>> print(comparison)
     """
     named = {"schedule": schedules} if isinstance(schedules, Schedule) else schedules
     right = isinstance(named, Mapping) and all(isinstance(schedule, Schedule) for schedule in named.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -26,11 +26,10 @@ from ..errors import CompiledError
 from ..graphs.tables import Printable, format_bytes, format_flops, format_table
 from ..passes.facts import tensor_value
 from ..passes.flops import concrete
-from ..runtime.binding import Binding
 from ..runtime.calls import ModelCall
 from ..runtime.clock import Clock
 from ..runtime.pipelines import first_calls, is_pipeline
-from ..runtime.variant import SiteInfo
+from ..runtime.variant import SiteInfo, Variant
 from ..schedules.schedule import Schedule
 from .prediction import Prediction, predict, predictions_together
 from .report import describe_breaks
@@ -174,8 +173,9 @@ def explain(model_or_pipeline: Any, *args: Any, schedule: Schedule | None = None
         ScheduleError: two selectors of the schedule contradict each other.
 
     Example:
-        >>> print(explain(transformer, latents, timestep, encoder_hidden_states=prompt))
-        >>> print(explain(pipe, lambda pipe: pipe("a lighthouse", num_inference_steps=28)))
+        >>> print(smoothcache.explain(model, latents, timestep))
+        >>> print(smoothcache.explain(pipe, lambda pipe: pipe([207], num_inference_steps=4)))
+        >>> print(smoothcache.explain(model, latents, timestep, schedule=schedule).prediction)
     """
     if is_pipeline(model_or_pipeline):
         if kwargs or len(args) != 1 or not callable(args[0]):
@@ -233,7 +233,9 @@ class _NotRun:
     """The dispatcher of a graph that need not run."""
 
     _boxed_call = True
-    binding: Binding | None = None
+
+    def __init__(self) -> None:
+        self.variants: dict[Hashable, Variant] = {}
 
     def __call__(self, inputs: list[Any]) -> Sequence[Any]:
         raise _Captured
@@ -248,8 +250,9 @@ class _CaptureSession(Session):
 
 
 def _new_session(kind: type[Session], model: torch.nn.Module, history: Schedule) -> Session:
-    session = kind(history, inner_compiler("eager", None, None, None), Clock(1), model)
-    session.current.call = ModelCall(session.clock.tick())
+    clock = Clock(1)
+    session = kind(history, inner_compiler("eager", None, None, None), clock, model)
+    session.current.call = ModelCall(clock.tick())
     return session
 
 
@@ -345,7 +348,9 @@ def dump(model_or_pipeline: Any, directory: str | PathLike[str]) -> list[Path]:
         CompiledError: it is not compiled, or has not run since.
 
     Example:
-        >>> dump(pipe, "graphs")
+        >>> model = smoothcache.compile(model, schedule)
+        >>> image = sample(model)
+        >>> files = smoothcache.dump(model, "graphs")
     """
     forwards = compiled_forwards(model_or_pipeline)
     run = {name: forward for name, forward in forwards.items() if forward.session.programs}

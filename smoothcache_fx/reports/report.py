@@ -132,7 +132,7 @@ class Report(Printable):
 
     def _timings(self) -> Iterator[str]:
         if self.times:
-            rows = [("step", "calls", "ms a call", "20th percentile", "80th")]
+            rows: list[tuple[str, ...]] = [("step", "calls", "ms a call", "20th percentile", "80th")]
             rows += [(t.kind, str(t.calls), *(f"{1e3 * s:.3f}" for s in (t.median, t.p20, t.p80))) for t in self.times]
             yield format_table(rows)
             medians = {time.kind: time.median for time in self.times}
@@ -160,6 +160,11 @@ def report(model_or_pipeline: Any) -> Report:
 
     Raises:
         CompiledError: it is not compiled.
+
+    Example:
+        >>> model = smoothcache.compile(model, schedule)
+        >>> image = sample(model)
+        >>> print(smoothcache.report(model))
     """
     forwards = compiled_forwards(model_or_pipeline)
     reports = [_report(forward, f"{name}: " if len(forwards) > 1 else "") for name, forward in forwards.items()]
@@ -191,7 +196,7 @@ def _report(forward: CompiledForward, prefix: str) -> tuple[Report, int, int]:
     seen: Counter[str] = Counter()
     forced: Counter[str] = Counter()
     done = uncached = cache_bytes = 0
-    seconds = []
+    seconds: list[float] = []
     for program in session.programs:
         seconds.extend(variant.seconds for variant in program.dispatcher.variants.values())
         for binding in program.bindings:

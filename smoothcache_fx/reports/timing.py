@@ -72,6 +72,13 @@ def timed(model_or_pipeline: Any) -> Iterator[None]:
 
     Raises:
         CompiledError: it is not compiled.
+
+    Example:
+        >>> model = smoothcache.compile(model, schedule)
+        >>> image = sample(model)  # compiles
+        >>> with smoothcache.timed(model):
+        ...     image = sample(model)
+        >>> print(smoothcache.report(model))
     """
     forwards = list(compiled_forwards(model_or_pipeline).values())
     for forward in forwards:
@@ -81,7 +88,7 @@ def timed(model_or_pipeline: Any) -> Iterator[None]:
         yield
     finally:
         for forward in forwards:
-            forward.run = forward.run.__wrapped__
+            forward.run = forward.run.__wrapped__  # type: ignore[attr-defined]
 
 
 def _timing(forward: CompiledForward, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,7 +106,7 @@ def _timing(forward: CompiledForward, run: Callable[..., Any]) -> Callable[..., 
             forward.times.append(CallTime(session.current.call.moment.step, now[2] - computed, now[1] - sites, seconds))
         return output
 
-    call.__wrapped__ = run
+    call.__wrapped__ = run  # type: ignore[attr-defined]
     return call
 
 

@@ -134,7 +134,7 @@ class Call:
 
     def tensors(self) -> dict[int | str, torch.Tensor]:
         """The tensors that the model is given, by position or name."""
-        given = (*enumerate(self._args), *self._kwargs.items())
+        given: list[tuple[int | str, Any]] = [*enumerate(self._args), *self._kwargs.items()]
         return {name: value for name, value in given if isinstance(value, torch.Tensor)}
 
 

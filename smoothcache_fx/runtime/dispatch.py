@@ -21,6 +21,8 @@ class Dispatcher(Protocol):
     """Runs a captured graph. The call that the thread is in has its binding; inputs come as one list, to be cleared."""
 
     _boxed_call: bool
+    #: What was built so far, by the decision that each is for.
+    variants: dict[Hashable, Variant]
 
     def __call__(self, inputs: list[Any]) -> Sequence[Any]: ...
 

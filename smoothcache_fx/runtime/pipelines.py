@@ -55,7 +55,7 @@ def _takes_timestep(model: type[torch.nn.Module]) -> bool:
     return any(name in TIMESTEP_NAMES for name in inspect.signature(model.forward).parameters)
 
 
-def follow_cache_context(model: torch.nn.Module, clock: DenoiserClock) -> Callable[[], None]:
+def follow_cache_context(model: Any, clock: DenoiserClock) -> Callable[[], None]:
     """Let diffusers' ``model.cache_context(name)`` name the streams of ``clock``. Returns what undoes it."""
     if not hasattr(model, "cache_context"):
         return lambda: None

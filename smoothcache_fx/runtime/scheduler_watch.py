@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from typing import Any, Protocol
+from collections.abc import Hashable
+from typing import Any, Protocol, cast
 
 from torch.utils.weak import WeakIdKeyDictionary
+
+#: What ``object.__reduce_ex__`` makes objects with; type stubs lack it.
+_NEW_OBJECT = getattr(copyreg, "__newobj__")  # noqa: B009
 
 
 class Follower(Protocol):
@@ -29,7 +33,7 @@ def watch(scheduler: Any, clock: Follower) -> None:
     configs are of the scheduler's own class.
     """
     if not _followers.get(scheduler):
-        scheduler.__class__ = _watched_class(type(scheduler))
+        scheduler.__class__ = _watched_class(cast(Hashable, type(scheduler)))
     _followers.setdefault(scheduler, []).append(clock)
 
 
@@ -44,7 +48,7 @@ def unwatch(scheduler: Any, clock: Follower) -> None:
 
 
 @functools.cache
-def _watched_class(base: type) -> type:
+def _watched_class(base: Any) -> type:
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = base.set_timesteps(self, *args, **kwargs)
@@ -61,7 +65,7 @@ def _watched_class(base: type) -> type:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         function, arguments, *rest = base.__reduce_ex__(self, protocol)
-        if function is copyreg.__newobj__:
+        if function is _NEW_OBJECT:
             function = base.__new__  # pickle checks that the other one gets the object's own class
         return function, tuple(base if argument is watched else argument for argument in arguments), *rest
 

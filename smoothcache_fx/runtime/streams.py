@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ class _Seen:
     """The last call of an unnamed stream: its tensors, kept so that nothing else gets their memory."""
 
     tensors: list[torch.Tensor]
-    places: set[Hashable]
+    places: AbstractSet[Hashable]
     has_fixed_input: bool = False
 
 
@@ -38,7 +39,7 @@ class Streams:
         self._ordinals.clear()
         self._taken.clear()
 
-    def key(self, call: Call, name: Hashable = None, *, certain: bool = False) -> Hashable | None:
+    def key(self, call: Call, name: Hashable = None, *, certain: bool = False) -> tuple[Hashable, ...] | None:
         """The stream of the step's next call; ``name`` is that of its ``cache_context``.
 
         ``certain`` asks for a call that shares a tensor with the stream's last one, where there was one: None if not.
@@ -60,7 +61,7 @@ class Streams:
         self._seen[stream] = _Seen(list(tensors.values()), places, fixed)
         return None, stream
 
-    def _match(self, ordinal: int, places: set[Hashable]) -> tuple[int, bool]:
+    def _match(self, ordinal: int, places: AbstractSet[Hashable]) -> tuple[int, bool]:
         free = {stream: seen for stream, seen in self._seen.items() if stream not in self._taken}
         shared = {stream: len(seen.places & places) for stream, seen in free.items()}
         most = max(shared.values(), default=0)

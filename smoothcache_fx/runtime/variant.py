@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +40,7 @@ class Mask:
     compute: int
     store: int
     orders: tuple[int, ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # It is looked up several times a call, and the orders may be those of hundreds of sites.
@@ -103,9 +104,9 @@ class VariantBuilder(Protocol):
     #: Whether a compiled variant serves all sizes of a graph with symbolic sizes.
     shape_generic: bool
     #: Positions of the inputs that are symbolic sizes.
-    shape_inputs: Sequence[int]
+    shape_inputs: list[int]
     #: Those of them that are a size of an input or of a cache.
-    size_inputs: Sequence[int]
+    size_inputs: list[int]
 
     def build(self, mask: Mask, inputs: Sequence[Any]) -> Variant: ...
 

@@ -61,6 +61,10 @@ class Schedule:
 
     Raises:
         ScheduleError: for whatever does not fit the description above.
+
+    Example:
+        >>> row = [step % 3 == 0 for step in range(50)]
+        >>> schedule = smoothcache.Schedule(50, {"attn": row, "blocks.0.mlp": [True] * 50}, order={"attn": 1})
     """
 
     steps: int = 50
@@ -153,7 +157,7 @@ class Schedule:
     @property
     def variants(self) -> int:
         """How many variants there are to compile of a model that has all that is selected, and nothing else."""
-        return variants_of(list(self.compute.values())) if self.compute else 1
+        return variants_of([list(map(bool, row)) for row in self.compute.values()]) if self.compute else 1
 
     @classmethod
     def uniform(cls, steps: int, interval: int, kinds: Sequence[str] = KINDS) -> Schedule:
@@ -163,6 +167,11 @@ class Schedule:
 
         Raises:
             ScheduleError: if steps or interval is below 1, or a kind is unknown.
+
+        Example:
+            >>> schedule = smoothcache.Schedule.uniform(50, 2)
+            >>> schedule.compute_fraction
+            0.5
         """
         steps = whole_number(steps, "steps", least=1)
         interval = whole_number(interval, "interval", least=1)
@@ -170,7 +179,12 @@ class Schedule:
         return cls(steps, dict.fromkeys(some_of(kinds, "kinds", KINDS), row))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the schedule as JSON, one line per row; `load` gives an equal schedule back."""
+        """Write the schedule as JSON, one line per row; `load` gives an equal schedule back.
+
+        Example:
+            >>> schedule.save("schedule.json")
+            >>> assert smoothcache.Schedule.load("schedule.json") == schedule
+        """
         rows = [f"    {json.dumps(key)}: {json.dumps(list(map(int, row)))}" for key, row in self.compute.items()]
         lines = [
             f'  "format": {json.dumps(FORMAT)}',
@@ -199,7 +213,7 @@ class Schedule:
                 holds something that is no schedule.
         """
         data = read_object(path, ScheduleError, "schedule")
-        keys = ("steps", "order", "compute", "flops", "times")
+        keys: tuple[str, ...] = ("steps", "order", "compute", "flops", "times")
         if data.get("format") == FORMAT and data.get("version") == 1:
             data.setdefault("times", None)
         keys += tuple(key for key in ("history_dtype", "timesteps") if key in data)
