@@ -23,6 +23,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "passes/test_fuse.py": ("test_trajectories_are_the_oracles",),
     "passes/test_fuse_norms.py": ("test_norms_as_models_have_them",),
     "passes/test_group.py": (
+        "test_other_models",
         "test_a_trajectory_is_the_oracles",
         "test_each_block_of_a_dit_embeds_the_timestep_for_itself",
     ),
@@ -30,6 +31,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "passes/test_runs.py": ("test_in_bfloat16_a_run_is_as_exact_as_one_add_after_the_other",),
     "pipelines/test_runs.py": ("test_computing_everything_is_the_plain_pipeline",),
     "test_backend.py": (
+        "test_code_on_disk_is_of_the_same_ops",
         "test_what_another_process_left_on_disk",
         "test_changing_shapes_under_inductor",
         "test_changing_shapes_between_trajectories",
@@ -57,16 +59,21 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_calibration_serves_several_budgets",
         "test_the_best_of_a_budget",
     ),
-    "test_cli.py": ("test_the_self_test",),
+    "test_cli.py": (
+        "test_the_self_test",
+        "test_explain_a_class_of_diffusers_without_weights",
+    ),
     "test_comparison.py": ("test_pipelines_take_turns",),
     "test_compiler.py": ("test_weights_of_a_subclass_with_a_torch_function",),
     "test_dump.py": (
+        "test_pytorchs_trace_has_our_stages",
         "test_a_drawing_has_a_box_per_site",
         "test_every_file_runs_and_gives_what_its_graph_gives",
     ),
     "test_examples.py": ("test_it_runs",),
     "test_first_calls.py": ("test_models_in_threads_of_their_own_are_captured_once_each",),
     "test_first_recipe.py": (
+        "test_where_forecasts_reach_over_a_change_of_the_batch",
         "test_never_behind_every_nth_step",
         "test_the_demo_model_is_forecast_and_far_ahead",
     ),
@@ -77,6 +84,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_importers.py": ("test_taylor_seer_decides_and_forecasts_as_diffusers_hooks_do",),
     "test_inputs.py": ("test_what_changes_with_each_step_and_shapes_nothing_keeps_the_cache",),
     "test_optimal.py": (
+        "test_effects_are_what_reads_change_of_the_output",
         "test_a_followed_schedule_must_have_the_samplers_steps",
         "test_bad_requests_are_refused",
         "test_the_longest_reuse",
@@ -104,6 +112,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_the_trajectory_is_the_oracles",
     ),
     "test_trajectories.py": (
+        "test_trajectories_equal_the_oracles_under_aot_eager",
         "test_bfloat16_under_inductor_is_as_exact_as_the_oracle",
         "test_trajectories_equal_the_oracles_under_inductor",
         "test_an_all_compute_schedule_is_the_plain_model_bit_for_bit",
@@ -112,6 +121,15 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_types.py": ("test_types",),
     "test_whole.py": ("test_the_trajectory_is_the_oracles",),
+    "test_zoo.py": ("test_every_class_on_every_backend",),
+    "passes/test_sites.py": ("test_the_same_sites_are_found_in_inductors_graph",),
+    "test_bench_gpu.py": ("test_flux_at_a_small_size",),
+    "test_explain.py": (
+        "test_explain_predicts_what_then_happens",
+        "test_explain_runs_inside_of_accelerates_hooks",
+    ),
+    "pipelines/test_features.py": ("test_choose_on_a_pipeline",),
+    "test_eager_work.py": ("test_attention_that_ran_in_no_graph_becomes_a_site",),
 }
 
 #: Files whose other tests take more than some ten seconds: in the default lane, and not in the quick one.

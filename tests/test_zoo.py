@@ -1,4 +1,4 @@
-"""A representative dozen of diffusers' transformers: ``bench/coverage.py`` runs all of them."""
+"""Models of diffusers' transformers: the ways in which they are built, and, in the slow lane, every class."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from zoo.catalog import CASES, NOT_RUN
 from zoo.check import check
 from zoo.guess import guess
 
-#: One for each way in which such models are built.
-DOZEN = [
-    "SD3Transformer2DModel",  # joint attention, the last block ends the text
-    "Flux2Transformer2DModel",  # single streams with one projection in and one out
+#: Ways of building that none of ``models.py`` has.
+UNLIKE_OTHERS = [
     "CogView4Transformer2DModel",  # one feed-forward called for image and text
-    "WanTransformer3DModel",  # float32 stream with casts
     "HunyuanVideo15Transformer3DModel",  # a graph per block after a break, text refiner
     "MochiTransformer3DModel",  # sizes that depend on data
     "SanaWMTransformer3DModel",  # linear attention with a recurrence, permuted feed-forward
-    "MotifVideoTransformer3DModel",  # cross-attention on attention's output
     "NucleusMoEImageTransformer2DModel",  # routed experts
     "Cosmos3OmniTransformer",  # packed tokens without a batch
-    "StableAudioDiTModel",  # no gates, projections around it
     "ZImageTransformer2DModel",  # lists in and out, tanh gates, post-norms
 ]
 
 
-@pytest.mark.parametrize("name", DOZEN)
+@pytest.mark.parametrize("name", UNLIKE_OTHERS)
 def test_every_branch_is_a_site_and_the_trajectory_is_the_oracles(name):
     assert not check(CASES[name]).problems()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", sorted(set(CASES) - set(NOT_RUN)))
+def test_every_class_on_every_backend(name, backend):
+    assert not check(CASES[name], backend=backend).problems()
 
 
 def test_a_class_that_the_zoo_does_not_know_is_tried_by_guess():

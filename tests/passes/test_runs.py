@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from capture import capture_case
 from cases import Case
 from models import CASES
+from smoothcache_fx.capture.variants import GraphBuilder
 from tolerances import FUSED_KERNELS, assert_as_exact, excess
 from zoo.catalog import CASES as ZOO
 
@@ -36,14 +37,16 @@ def case_of(name: str) -> Case:
     return CASES[name] if name in CASES else ZOO[name].case()
 
 
-def all_reused(name: str, dtype: torch.dtype, order: int) -> tuple[GraphModule, GraphModule, GraphModule]:
-    """The captured graph, and its variant before and after residual adds are lowered as on CUDA under Inductor."""
-    (program,) = capture_case(case_of(name), dtype)
-    builder = program.builder
+def all_reused(builder: GraphBuilder, order: int) -> tuple[GraphModule, GraphModule]:
+    """The variant before and after residual adds are lowered as on CUDA under Inductor."""
     guarded = insert_guards(builder.captured, builder.sites, order)
     variant = specialize(guarded, set(), orders=[order] * len(builder.sites))
-    fused = check_graph(fuse(variant, lowering_for("cuda", True)), like=builder.captured, stage="variant")
-    return builder.captured, variant, fused
+    return variant, check_graph(fuse(variant, lowering_for("cuda", True)), like=builder.captured, stage="variant")
+
+
+def builder_of(name: str, dtype: torch.dtype) -> GraphBuilder:
+    (program,) = capture_case(case_of(name), dtype)
+    return program.builder
 
 
 def readers(cache: Node) -> set[Node]:
@@ -70,11 +73,15 @@ def values_of(graph: GraphModule) -> list[object]:
     return values
 
 
-@pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", RUNS)
-def test_one_op_for_each_run_and_no_other_residual_add(name, dtype, order):
-    _, variant, fused = all_reused(name, dtype, order)
+def test_one_op_for_each_run_and_no_other_residual_add(name, dtype):
+    builder = builder_of(name, dtype)
+    for order in (0, 1):
+        check_runs(name, dtype, order, *all_reused(builder, order))
+
+
+def check_runs(name: str, dtype: torch.dtype, order: int, variant: GraphModule, fused: GraphModule) -> None:
     ops = [node for node in fused.graph.nodes if packet(node) is accumulate]
     assert sorted(len(op.args[1]) for op in ops) == sorted(RUNS[name])
     assert all(len(op.args[2]) == (1 + order) * len(op.args[1]) for op in ops)
@@ -100,8 +107,8 @@ def all_tensors(node: Node) -> bool:
 @pytest.mark.parametrize("name", RUNS)
 def test_in_bfloat16_a_run_is_as_exact_as_one_add_after_the_other(name):
     """The op rounds the stream once, the graph after each add."""
-    _, variant, fused = all_reused(name, torch.bfloat16, 0)
-    _, exact, _ = all_reused(name, torch.float32, 0)
+    variant, fused = all_reused(builder_of(name, torch.bfloat16), 0)
+    exact, _ = all_reused(builder_of(name, torch.float32), 0)
     values = values_of(variant)
     wide = [v.float() if torch.is_tensor(v) and v.is_floating_point() else v for v in values]
     assert_as_exact(list(fused(*values)), list(variant(*values)), list(exact(*wide)), name)
