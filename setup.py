@@ -51,9 +51,13 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
+    project_urls={"Paper": "https://arxiv.org/abs/2411.10510"},
     keywords="diffusion transformer caching torch.compile SmoothCache",
     packages=[
         *find_packages(include=["smoothcache_fx", "smoothcache_fx.*"]),

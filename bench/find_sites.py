@@ -12,12 +12,12 @@ import time
 import torch
 from common import summary, write_result
 from diffusers import SD3Transformer2DModel
-from smoothcache_fx.passes import find_sites
 
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture import _torch
 from smoothcache_fx.capture.inner import inner_compiler
 from smoothcache_fx.capture.session import Session
+from smoothcache_fx.passes import find_sites
 from smoothcache_fx.runtime.calls import ModelCall
 from smoothcache_fx.runtime.clock import Clock
 

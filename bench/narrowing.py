@@ -15,7 +15,6 @@ import torch
 from common import write_result
 from ddim import build_dit
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from smoothcache_fx.passes import count_flops, narrow, specialize
 from torch import nn
 
 from smoothcache_fx import Schedule
@@ -23,6 +22,7 @@ from smoothcache_fx.capture import _torch
 from smoothcache_fx.capture.inner import inner_compiler
 from smoothcache_fx.capture.session import Session
 from smoothcache_fx.graphs.tables import format_table
+from smoothcache_fx.passes import count_flops, narrow, specialize
 from smoothcache_fx.runtime.calls import ModelCall
 from smoothcache_fx.runtime.clock import Clock
 

@@ -23,12 +23,16 @@ SLOW: dict[str, tuple[str, ...]] = {
     "passes/test_fuse.py": ("test_trajectories_are_the_oracles",),
     "passes/test_fuse_norms.py": ("test_norms_as_models_have_them",),
     "passes/test_group.py": (
+        "test_variants_that_compute_some",
         "test_other_models",
         "test_a_trajectory_is_the_oracles",
         "test_each_block_of_a_dit_embeds_the_timestep_for_itself",
     ),
     "passes/test_guard_specialize.py": ("test_flops_left_are_the_masks",),
-    "passes/test_runs.py": ("test_in_bfloat16_a_run_is_as_exact_as_one_add_after_the_other",),
+    "passes/test_runs.py": (
+        "test_in_bfloat16_a_run_is_as_exact_as_one_add_after_the_other",
+        "test_one_op_for_each_run_in_bfloat16",
+    ),
     "pipelines/test_runs.py": ("test_computing_everything_is_the_plain_pipeline",),
     "test_backend.py": (
         "test_code_on_disk_is_of_the_same_ops",
@@ -60,17 +64,24 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_the_best_of_a_budget",
     ),
     "test_cli.py": (
+        "test_optimal_schedules",
         "test_the_self_test",
         "test_explain_a_class_of_diffusers_without_weights",
     ),
     "test_comparison.py": ("test_pipelines_take_turns",),
-    "test_compiler.py": ("test_weights_of_a_subclass_with_a_torch_function",),
+    "test_compiler.py": (
+        "test_weights_of_a_subclass_with_a_torch_function",
+        "test_two_models_of_one_class_do_not_share_anything",
+    ),
     "test_dump.py": (
         "test_pytorchs_trace_has_our_stages",
         "test_a_drawing_has_a_box_per_site",
         "test_every_file_runs_and_gives_what_its_graph_gives",
     ),
-    "test_examples.py": ("test_it_runs",),
+    "test_examples.py": (
+        "test_it_runs",
+        "test_the_notebook_runs",
+    ),
     "test_first_calls.py": ("test_models_in_threads_of_their_own_are_captured_once_each",),
     "test_first_recipe.py": (
         "test_where_forecasts_reach_over_a_change_of_the_batch",
@@ -81,9 +92,18 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_hooks_on_each_layer",
         "test_group_offloading_of_blocks",
     ),
-    "test_importers.py": ("test_taylor_seer_decides_and_forecasts_as_diffusers_hooks_do",),
-    "test_inputs.py": ("test_what_changes_with_each_step_and_shapes_nothing_keeps_the_cache",),
+    "test_importers.py": (
+        "test_taylor_seer_decides_and_forecasts_as_diffusers_hooks_do",
+        "test_pab_decides_and_reuses_as_diffusers_hooks_do",
+    ),
+    "test_inputs.py": (
+        "test_what_changes_with_each_step_and_shapes_nothing_keeps_the_cache",
+        "test_batch_and_resolution_change_between_trajectories",
+        "test_autocast",
+        "test_float16",
+    ),
     "test_optimal.py": (
+        "test_optimal_schedules_keep_to_the_budget",
         "test_effects_are_what_reads_change_of_the_output",
         "test_a_followed_schedule_must_have_the_samplers_steps",
         "test_bad_requests_are_refused",
@@ -97,10 +117,12 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_what_is_predicted_is_what_comes_out",
     ),
     "test_orders.py": (
+        "test_a_history_of_differences",
         "test_under_other_inner_compilers",
         "test_on_a_trained_model_the_differences_lose_little",
     ),
     "test_properties.py": (
+        "test_many_models_of_one_class_are_compiled_and_cached",
         "test_every_dit_follows_every_schedule",
         "TestSampler",
     ),
@@ -112,7 +134,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_the_trajectory_is_the_oracles",
     ),
     "test_trajectories.py": (
-        "test_trajectories_equal_the_oracles_under_aot_eager",
+        "test_trajectories_equal_the_oracles_under_compilers",
         "test_bfloat16_under_inductor_is_as_exact_as_the_oracle",
         "test_trajectories_equal_the_oracles_under_inductor",
         "test_an_all_compute_schedule_is_the_plain_model_bit_for_bit",
@@ -120,7 +142,14 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_step_that_reuses_everything_runs_no_product_of_a_branch",
     ),
     "test_types.py": ("test_types",),
-    "test_whole.py": ("test_the_trajectory_is_the_oracles",),
+    "test_whole.py": (
+        "test_the_trajectory_is_the_oracles",
+        "test_all_compute_is_the_plain_model_bit_for_bit",
+        "test_what_cannot_be_kept_whole_is_computed_at_every_step",
+        "test_autocast_is_not_kept_whole",
+        "test_autocast_later_on",
+        "test_where_the_broken_module_cannot_be_kept_whole_the_one_around_it_can",
+    ),
     "test_zoo.py": ("test_every_class_on_every_backend",),
     "passes/test_sites.py": ("test_the_same_sites_are_found_in_inductors_graph",),
     "test_bench_gpu.py": ("test_flux_at_a_small_size",),
@@ -128,7 +157,10 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_explain_predicts_what_then_happens",
         "test_explain_runs_inside_of_accelerates_hooks",
     ),
-    "pipelines/test_features.py": ("test_choose_on_a_pipeline",),
+    "pipelines/test_features.py": (
+        "test_choose_on_a_pipeline",
+        "test_explain_and_dump_of_two_denoisers",
+    ),
     "test_eager_work.py": ("test_attention_that_ran_in_no_graph_becomes_a_site",),
 }
 

@@ -224,10 +224,11 @@ def test_other_names_that_dynamo_lists_are_inner_compilers_too(backend):
 )
 def test_caches_are_static_inputs_and_mode_and_options_reach_every_variant(monkeypatch, arguments, setting):
     """The positions of caches and parameters are among ``static_input_idxs``, also in variants compiled later."""
-    from smoothcache_fx.passes.guard import CACHE
-    from smoothcache_fx.passes.names import WEIGHT
     from torch._inductor import compile_fx
     from torch._inductor import config as inductor_config
+
+    from smoothcache_fx.passes.guard import CACHE
+    from smoothcache_fx.passes.names import WEIGHT
 
     seen = []
 

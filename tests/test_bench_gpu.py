@@ -57,22 +57,22 @@ def test_timings_take_turns_and_wait_for_what_prepares(gpu, tmp_path):
 
 def test_when_the_gate_opens_nothing_is_waited_for(gpu, tmp_path):
     parts = script(gpu, "quick", TIMED.format(prepare=0)), script(gpu, "never", "time.sleep(60)")
-    ended = run(gpu, tmp_path, *parts, seconds=8, gate=2).ended
+    ended = run(gpu, tmp_path, *parts, seconds=4, gate=1).ended
     assert ended == {"quick": "passed", "never": "killed: out of time"}
 
 
 def test_what_does_not_time_stands_still_while_others_do(gpu, tmp_path):
     """And neither holds them up, nor is it lost: it goes on behind them."""
-    ticking = "for i in range(40): print(time.time(), flush=True); time.sleep(0.1)"
+    ticking = "for i in range(25): print(time.time(), flush=True); time.sleep(0.1)"
     parts = [
-        script(gpu, "bench", TIMED.format(prepare=0.5).replace("0.2", "2")),
+        script(gpu, "bench", TIMED.format(prepare=0.5).replace("0.2", "1.5")),
         script(gpu, "tests", ticking, times=False),
     ]
     assert run(gpu, tmp_path, *parts).ended == {"bench": "passed", "tests": "passed"}
     ((begin, end),) = spans(tmp_path, "bench")
     ticks = [float(line) for line in (tmp_path / "tests.log").read_text().split()]
-    assert len(ticks) == 40 and ticks[-1] > end
-    # Some 20 if it went on; it takes a moment to stop it.
+    assert len(ticks) == 25 and ticks[-1] > end
+    # Some 15 if it went on; it takes a moment to stop it.
     assert len([tick for tick in ticks if begin < tick < end]) < 8
 
 

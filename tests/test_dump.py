@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from smoothcache_fx.passes.guard import CACHE
-from smoothcache_fx.passes.rewriting import placeholders
 from torch import nn
 
 import smoothcache_fx as smoothcache
@@ -26,6 +24,8 @@ from smoothcache_fx import CompiledError, Schedule
 from smoothcache_fx.cli.main import main
 from smoothcache_fx.compiled.forward import compiled_forward
 from smoothcache_fx.graphs.diff import count_ops
+from smoothcache_fx.passes.guard import CACHE
+from smoothcache_fx.passes.rewriting import placeholders
 from smoothcache_fx.runtime.dispatch import GuardedDispatcher
 
 ROWS = {"attn": [1, 0, 1, 0], "ffn": [1, 0, 0, 0]}

@@ -10,11 +10,6 @@ import runpy
 
 import pytest
 import torch
-from smoothcache_fx.passes import check_graph, count_flops, insert_guards, run_guarded, specialize
-from smoothcache_fx.passes.forecast import FORECAST
-from smoothcache_fx.passes.guard import guard
-from smoothcache_fx.passes.rewriting import placeholders
-from smoothcache_fx.passes.specialize import variant_inputs
 from torch import nn
 
 import smoothcache_fx as smoothcache
@@ -25,6 +20,11 @@ from oracle import Oracle
 from smoothcache_fx import Schedule, ScheduleError
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.demo.weights import load_model
+from smoothcache_fx.passes import check_graph, count_flops, insert_guards, run_guarded, specialize
+from smoothcache_fx.passes.forecast import FORECAST
+from smoothcache_fx.passes.guard import guard
+from smoothcache_fx.passes.rewriting import placeholders
+from smoothcache_fx.passes.specialize import variant_inputs
 from smoothcache_fx.schedules.coefficients import difference_coefficients, forecast_coefficients
 from tolerances import Tolerance, assert_as_exact, assert_trajectories_close
 

@@ -69,14 +69,19 @@ def test_trajectories_equal_the_oracles(case):
     check_trajectories(case, torch.float32, "eager")
 
 
-@each_case
-def test_trajectories_equal_the_oracles_in_bfloat16(case):
-    check_trajectories(case, torch.bfloat16, "aot_eager")
+@pytest.mark.parametrize("name", ["adaln_zero", "cross_attention", "joint", "post_norm", "tied"])
+def test_trajectories_equal_the_oracles_in_bfloat16(name):
+    check_trajectories(CASES[name], torch.bfloat16, "aot_eager")
 
 
+@pytest.mark.parametrize(
+    "dtype, backend",
+    [(torch.float32, "aot_eager"), (torch.bfloat16, "aot_eager")],
+    ids=["float32-aot_eager", "bfloat16-aot_eager"],
+)
 @each_case
-def test_trajectories_equal_the_oracles_under_aot_eager(case):
-    check_trajectories(case, torch.float32, "aot_eager")
+def test_trajectories_equal_the_oracles_under_compilers(case, dtype, backend):
+    check_trajectories(case, dtype, backend)
 
 
 def check_trajectories(case: Case, dtype: torch.dtype, backend: str) -> None:

@@ -11,12 +11,8 @@ from zoo.guess import guess
 
 #: Ways of building that none of ``models.py`` has.
 UNLIKE_OTHERS = [
-    "CogView4Transformer2DModel",  # one feed-forward called for image and text
-    "HunyuanVideo15Transformer3DModel",  # a graph per block after a break, text refiner
     "MochiTransformer3DModel",  # sizes that depend on data
     "SanaWMTransformer3DModel",  # linear attention with a recurrence, permuted feed-forward
-    "NucleusMoEImageTransformer2DModel",  # routed experts
-    "Cosmos3OmniTransformer",  # packed tokens without a batch
     "ZImageTransformer2DModel",  # lists in and out, tanh gates, post-norms
 ]
 

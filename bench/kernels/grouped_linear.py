@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from common import ROUNDING, Case, Shape, main
+
 from smoothcache_fx.kernels import grouped_linear
 from smoothcache_fx.kernels.grouped_linear import grouped_linear_reference
 

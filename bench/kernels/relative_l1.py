@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from common import Case, Shape, main
+
 from smoothcache_fx.kernels import relative_l1
 from smoothcache_fx.kernels.relative_l1 import relative_l1_reference
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from common import Case, Shape, main
+
 from smoothcache_fx.kernels import residual_forecast
 from smoothcache_fx.kernels.residual_forecast import residual_forecast_reference
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from common import Case, Shape, main
+
 from smoothcache_fx.kernels import residual_norm
 from smoothcache_fx.kernels.residual_norm import residual_norm_reference
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from smoothcache_fx.kernels._triton import INTERPRETED
 from torch import Tensor
+
+from smoothcache_fx.kernels._triton import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

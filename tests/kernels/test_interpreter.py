@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from smoothcache_fx.kernels import _triton
 
 from smoothcache_fx import kernels
+from smoothcache_fx.kernels import _triton
 
 HERE = Path(__file__).parent
 X = torch.zeros(2, 8)

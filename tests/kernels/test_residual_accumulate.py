@@ -24,10 +24,11 @@ from operands import (
     shapes,
     tensors,
 )
-from smoothcache_fx.kernels import residual_accumulate, residual_load
-from smoothcache_fx.kernels.residual_accumulate import UNROLLED, Run, launches_of
 from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
+
+from smoothcache_fx.kernels import residual_accumulate, residual_load
+from smoothcache_fx.kernels.residual_accumulate import UNROLLED, Run, launches_of
 
 
 def reduced(values: list[Tensor], coefficients: Tensor | None) -> Tensor:

@@ -10,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import DEVICE, DTYPES, assert_same_bits, expected, filled_with_nan, gate_shapes, randn, shapes, tensors
-from smoothcache_fx.kernels import residual_forecast, residual_load
-from smoothcache_fx.kernels._triton import INTERPRETED
-from smoothcache_fx.passes.forecast import forecast
 from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from smoothcache_fx.kernels import residual_forecast, residual_load
+from smoothcache_fx.kernels._triton import INTERPRETED
+from smoothcache_fx.passes.forecast import forecast
 
 #: A line's and a parabola's at a step ahead; 1 and 0 stand for themselves.
 COEFFICIENTS = {2: [1.5, -0.5], 3: [1.875, -1.25, 0.375]}

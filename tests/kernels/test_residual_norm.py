@@ -19,10 +19,11 @@ from operands import (
     shapes,
     tensors,
 )
-from smoothcache_fx.kernels import residual_norm, residual_store
-from smoothcache_fx.kernels._norms import WIDEST
 from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
+
+from smoothcache_fx.kernels import residual_norm, residual_store
+from smoothcache_fx.kernels._norms import WIDEST
 
 EPS = 1e-5
 

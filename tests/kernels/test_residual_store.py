@@ -20,9 +20,10 @@ from operands import (
     shapes,
     tensors,
 )
+from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
+
 from smoothcache_fx.kernels import residual_store
 from smoothcache_fx.kernels._triton import INTERPRETED, runs_triton
-from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
 
 @settings(max_examples=150)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from smoothcache_fx.passes import count_flops
-from smoothcache_fx.passes.names import WEIGHT
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.utils.flop_counter import flop_registry
 
 from smoothcache_fx.capture.eager_work import flop_counter
+from smoothcache_fx.passes import count_flops
+from smoothcache_fx.passes.names import WEIGHT
 
 aten = torch.ops.aten
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 16, 24, 8

@@ -11,6 +11,17 @@ import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import smoothcache_fx as smoothcache
+from capture import capture_case
+from cases import Case, run_trajectory
+from models import CASES, LABELS, SIZES
+from oracle import Oracle
+from smoothcache_fx import Schedule
+from smoothcache_fx.capture import variants as build
 from smoothcache_fx.passes import (
     check_graph,
     count_flops,
@@ -25,17 +36,6 @@ from smoothcache_fx.passes.facts import aten, packet
 from smoothcache_fx.passes.group import LEAST_MEMBERS, MOST_ROWS
 from smoothcache_fx.passes.names import WEIGHT
 from smoothcache_fx.passes.rewriting import placeholders
-from torch import Tensor
-from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-
-import smoothcache_fx as smoothcache
-from capture import capture_case
-from cases import Case, run_trajectory
-from models import CASES, LABELS, SIZES
-from oracle import Oracle
-from smoothcache_fx import Schedule
-from smoothcache_fx.capture import variants as build
 from tolerances import FUSED_KERNELS, Tolerance, assert_trajectories_close
 
 grouped = torch.ops.smoothcache.grouped_linear

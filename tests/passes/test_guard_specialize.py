@@ -6,17 +6,17 @@ import itertools
 
 import pytest
 import torch
+
+from capture import Block, Stack, capture, inputs
+from models import CASES
 from smoothcache_fx.passes import count_flops, insert_guards, run_guarded, specialize
 from smoothcache_fx.passes.facts import MATMULS, is_attention_op, packet
 from smoothcache_fx.passes.guard import CACHE, guards
 from smoothcache_fx.passes.rewriting import placeholders
 from smoothcache_fx.passes.specialize import variant_inputs
 
-from capture import Block, Stack, capture, inputs
-from models import CASES
 
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def program():
     (program,) = capture(Stack().eval(), *inputs())
     return program

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from smoothcache_fx.passes import check_graph, count_flops, narrow, specialize
-from smoothcache_fx.passes.facts import MATMULS, packet
-from smoothcache_fx.passes.rewriting import placeholders
 from torch import Tensor, nn
 
 from capture import Block, capture, inputs
 from models import CASES
+from smoothcache_fx.passes import check_graph, count_flops, narrow, specialize
+from smoothcache_fx.passes.facts import MATMULS, packet
+from smoothcache_fx.passes.rewriting import placeholders
 
 BATCH, WIDTH = 2, 16
 

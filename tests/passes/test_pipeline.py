@@ -6,8 +6,6 @@ import logging
 
 import pytest
 import torch
-from smoothcache_fx.passes import Lowering, pipeline
-from smoothcache_fx.passes.pipeline import PASSES, Pass, Target
 from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch.fx import GraphModule
@@ -16,6 +14,8 @@ import smoothcache_fx as smoothcache
 from capture import Stack, inputs
 from cases import randomize
 from smoothcache_fx import Schedule
+from smoothcache_fx.passes import Lowering, pipeline
+from smoothcache_fx.passes.pipeline import PASSES, Pass, Target
 
 ALL = Lowering(singles=True, runs=True, norms=True, groups=True)
 

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from smoothcache_fx.passes import simplify
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from capture import Stack, capture, inputs
+from smoothcache_fx.passes import simplify
 
 aten = torch.ops.aten
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from smoothcache_fx.passes import find_sites, find_sites_and_rejections
-from smoothcache_fx.passes.facts import MATMULS, packet
-from smoothcache_fx.passes.names import WEIGHT, common_module, group_of, unique_names
-from smoothcache_fx.passes.sites import only_needed_by
 from torch import nn
 
 from capture import Attention, Block, Stack, capture, inputs
 from models import CASES
+from smoothcache_fx.passes import find_sites, find_sites_and_rejections
+from smoothcache_fx.passes.facts import MATMULS, packet
+from smoothcache_fx.passes.names import WEIGHT, common_module, group_of, unique_names
+from smoothcache_fx.passes.sites import only_needed_by
 
 
 def sites_of(model: nn.Module, *args: torch.Tensor, backend: str = "eager"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from smoothcache_fx.passes import count_bytes, specialize
 from torch import nn
 
 from capture import Stack, capture, inputs
+from smoothcache_fx.passes import count_bytes, specialize
 
 
 class FeedForward(nn.Module):
