@@ -111,6 +111,12 @@ def is_whole_module(node: Node) -> bool:
     return str(packet(node)) == "smoothcache.whole_module"
 
 
+def arguments_by_name(node: Node) -> dict[str, Any]:
+    """What a call of an op is given, by the names of its schema."""
+    names = (argument.name for argument in node.target._schema.arguments)
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
 def is_opaque(node: Node) -> bool:
     """Whether the op is one that PyTorch cannot see into: a custom op, a kernel, a higher-order op."""
     if node.op != "call_function":
@@ -204,7 +210,8 @@ class GraphFacts:
     def mixes_activations(self, node: Node) -> tuple[Node, Node] | None:
         """Queries and keys of an attention op (or of a matmul of two activations), else None."""
         if is_whole_module(node):
-            inputs, _, _, keys = node.args
+            given = arguments_by_name(node)
+            inputs, keys = given["inputs"], given["keys"]
             return (inputs[0], inputs[keys]) if keys >= 0 else None
         if is_attention_op(node):
             tensors = [a for a in node.args if isinstance(a, Node) and a in self.activations]

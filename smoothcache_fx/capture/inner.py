@@ -108,9 +108,9 @@ class InductorCompiler:
         self.stores_products = _inductor.takes_products_as_they_are(self.patches)
 
     def capture(self, gm: GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]:
-        def inner_compile(captured: GraphModule, _: Sequence[Any], **settings: Any) -> Boxed:
+        def inner_compile(captured: GraphModule, examples: Sequence[Any], **settings: Any) -> Boxed:
             if not settings.get("is_inference"):
-                refuse_training(captured, _)
+                refuse_training(captured, examples)
             return transform(captured, functools.partial(self._compile, settings))
 
         return _inductor.capture(gm, inputs, inner_compile, self.patches)

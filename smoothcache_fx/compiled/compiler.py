@@ -67,7 +67,8 @@ def compile(
     Raises:
         CompiledError: it is compiled already, or in training mode; at the first call, where PyTorch cannot capture it.
         TypeError: it is neither a module nor a pipeline with a denoiser, or the schedule is no ``Schedule``.
-        ValueError: ``calls_per_step`` is not positive, or is given for a pipeline.
+        ValueError: ``calls_per_step`` is not positive, or is given for a pipeline; both mode and options are given.
+        RuntimeError: ``torch.compile`` knows no such mode or option; its ``InvalidBackend`` for an unknown backend.
         ScheduleError: at the first call, where the schedule selects sites that the model does not have.
         NoSitesError: at the first call, where the model has no residual branch.
         StepError: at a call of a bare model that goes on after the schedule's last step, that comes from a second
