@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import smoothcache_fx as smoothcache
-from capture import Stack, inputs
-from cases import randomize
+from helpers.capture import Stack, inputs
+from helpers.cases import randomize
 from smoothcache_fx import Schedule, importers, plots
 
 STEPS = 4

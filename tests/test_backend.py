@@ -16,9 +16,9 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import smoothcache_fx as smoothcache
-from capture import Attention, Block, Stack, inputs
-from cases import randomize
-from oracle import Oracle
+from helpers.capture import Attention, Block, Stack, inputs
+from helpers.cases import randomize
+from helpers.oracle import Oracle
 from smoothcache_fx import NoSitesError, Schedule, ScheduleError
 from smoothcache_fx.compiled.forward import compiled_forward
 from smoothcache_fx.runtime.binding import Binding
@@ -418,8 +418,8 @@ TWO_PROCESSES = """
     import sys
     import torch
     import smoothcache_fx as smoothcache
-    from capture import Stack, inputs
-    from cases import randomize
+    from helpers.capture import Stack, inputs
+    from helpers.cases import randomize
     from smoothcache_fx.compiled.forward import compiled_forward
     from torch._dynamo.utils import counters
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from published_rule import PublishedCalibration, published_scan
+from helpers.published_rule import PublishedCalibration, published_scan
 from smoothcache_fx.calibration.calibration import Calibration, SiteErrors
 from smoothcache_fx.calibration.statistics import t_quantile
 from smoothcache_fx.errors import CalibrationError

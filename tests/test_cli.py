@@ -13,8 +13,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from capture import Stack, inputs
-from cases import randomize
+from helpers.capture import Stack, inputs
+from helpers.cases import randomize
 from pipelines.build import dit as dit_pipeline
 from smoothcache_fx import Calibration, Schedule, calibrate
 from smoothcache_fx.cli import machine
@@ -25,8 +25,8 @@ from smoothcache_fx.importers import learning_to_cache
 FACTORIES = """
     import torch
     from torch import nn
-    from capture import Stack, inputs
-    from cases import randomize
+    from helpers.capture import Stack, inputs
+    from helpers.cases import randomize
 
     def build():
         return randomize(Stack(2), 0).eval(), inputs()

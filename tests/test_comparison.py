@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import smoothcache_fx as smoothcache
-from capture import Stack, inputs
-from cases import randomize
-from oracle import Oracle
+from helpers.capture import Stack, inputs
+from helpers.cases import randomize
+from helpers.oracle import Oracle
 from pipelines.build import CASES, run
 from smoothcache_fx import CompiledError, Schedule, ScheduleError, SmoothCacheError
 from smoothcache_fx.reports.compare import psnr, relative_l2

@@ -11,11 +11,11 @@ from torch._inductor import compile_fx
 from torch._inductor import config as inductor_config
 
 import smoothcache_fx as smoothcache
-from cases import run_trajectory
-from models import CASES
-from oracle import Oracle
+from helpers.cases import run_trajectory
+from helpers.models import CASES
+from helpers.oracle import Oracle
+from helpers.tolerances import assert_trajectories_close, tolerance
 from smoothcache_fx import CompiledError, Schedule
-from tolerances import assert_trajectories_close, tolerance
 
 CASE, STEPS = CASES["adaln_zero"], 7
 KINDS = {"attn": [1, 0, 1, 0, 1, 0, 0], "ffn": [1, 1, 0, 0, 1, 0, 1]}

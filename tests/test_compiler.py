@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import smoothcache_fx as smoothcache
-from capture import Stack, inputs
-from cases import randomize
+from helpers.capture import Stack, inputs
+from helpers.cases import randomize
 from smoothcache_fx import CompiledError, NoSitesError, Schedule, ScheduleError, StepError
 
 SCHEDULE = Schedule(3, {"attn": [1, 0, 0], "ffn": [1, 0, 1]})

@@ -13,9 +13,9 @@ from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import smoothcache_fx as smoothcache
-from capture import Stack, inputs
-from cases import randomize
-from oracle import Oracle
+from helpers.capture import Stack, inputs
+from helpers.cases import randomize
+from helpers.oracle import Oracle
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture.cuda_graphs import may_run_twice, owned, read_and_written, recorded_at_once
 from smoothcache_fx.compiled.forward import compiled_forward

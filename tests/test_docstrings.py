@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import smoothcache_fx as smoothcache
-from capture import Stack
-from cases import randomize
+from helpers.capture import Stack
+from helpers.cases import randomize
 from zoo.case import timestep
 
 #: The inner compiler is not what they are about, and would take minutes.

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import smoothcache_fx as smoothcache
-from capture import Block, Stack, inputs
-from cases import randomize
-from models import CASES
+from helpers.capture import Block, Stack, inputs
+from helpers.cases import randomize
+from helpers.models import CASES
 from smoothcache_fx import CompiledError, Schedule
 from smoothcache_fx.cli.main import main
 from smoothcache_fx.compiled.forward import compiled_forward
@@ -291,7 +291,7 @@ def test_pytorchs_trace_has_our_stages(tmp_path):
     script = """
         import torch
         import smoothcache_fx as smoothcache
-        from capture import Stack, inputs
+        from helpers.capture import Stack, inputs
 
         model = Stack(1).eval()
         smoothcache.compile(model, smoothcache.Schedule(2, {"attn": [1, 0], "ffn": [1, 0]}), backend="eager")

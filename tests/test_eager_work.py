@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import smoothcache_fx as smoothcache
-from capture import Attention, Block, inputs
-from cases import randomize
+from helpers.capture import Attention, Block, inputs
+from helpers.cases import randomize
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture import ways as traced
 from smoothcache_fx.capture.eager_work import flop_counter, flops_by_container

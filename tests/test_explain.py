@@ -12,8 +12,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch._subclasses import FakeTensorMode
 
 import smoothcache_fx as smoothcache
-from capture import Stack, inputs
-from cases import randomize
+from helpers.capture import Stack, inputs
+from helpers.cases import randomize
 from smoothcache_fx import CompiledError, NoSitesError, Schedule
 
 ROWS = {"attn": [1, 0, 1, 0], "ffn": [1, 0, 0, 0]}

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import smoothcache_fx as smoothcache
-from capture import Stack, inputs
-from cases import randomize
+from helpers.capture import Stack, inputs
+from helpers.cases import randomize
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture import _torch
 

@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import smoothcache_fx as smoothcache
-from cases import Branch, Case, run_trajectory
-from models import CASES
-from oracle import Oracle
+from helpers.cases import Branch, Case, run_trajectory
+from helpers.models import CASES
+from helpers.oracle import Oracle
+from helpers.tolerances import Tolerance, assert_trajectories_close, tolerance
 from smoothcache_fx import Schedule, ScheduleError
 from smoothcache_fx.importers import learning_to_cache, mag_cache, pyramid_attention_broadcast, taylor_seer
 from smoothcache_fx.schedules.schedule import KINDS
-from tolerances import Tolerance, assert_trajectories_close, tolerance
 from zoo.catalog import CASES as ZOO
 
 LATTE = ZOO["LatteTransformer3DModel"].case()

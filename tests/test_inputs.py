@@ -13,12 +13,20 @@ import torch
 from torch import Tensor, nn
 
 import smoothcache_fx as smoothcache
-from cases import Branch, Case, randomize, run_trajectory
-from inline_dits import CHANNELS, LABELS, TEXT_TOKENS, TEXT_WIDTH, AdaLNZeroBlock, CrossAttentionBlock, InlineDiT
-from models import CASES
-from oracle import Oracle
+from helpers.cases import Branch, Case, randomize, run_trajectory
+from helpers.inline_dits import (
+    CHANNELS,
+    LABELS,
+    TEXT_TOKENS,
+    TEXT_WIDTH,
+    AdaLNZeroBlock,
+    CrossAttentionBlock,
+    InlineDiT,
+)
+from helpers.models import CASES
+from helpers.oracle import Oracle
+from helpers.tolerances import SAME_KERNELS, assert_trajectories_close, worst
 from smoothcache_fx import Schedule
-from tolerances import SAME_KERNELS, assert_trajectories_close, worst
 from zoo.case import ROWS, STEPS
 
 #: float16's own; autocast's outputs have the dtype of the last linear layer.

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import Branch, Case, random_rows, run_trajectory
-from models import CASES
-from oracle import Oracle
-from tolerances import excess, tolerance
+from helpers.cases import Branch, Case, random_rows, run_trajectory
+from helpers.models import CASES
+from helpers.oracle import Oracle
+from helpers.tolerances import excess, tolerance
 
 STEPS = 8
 DTYPES = [torch.float32, torch.bfloat16]

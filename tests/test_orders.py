@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import smoothcache_fx as smoothcache
-from capture import Stack, capture, inputs
-from cases import Branch, Case, random_rows, randomize, run_trajectory
-from models import CASES
-from oracle import Oracle
+from helpers.capture import Stack, capture, inputs
+from helpers.cases import Branch, Case, random_rows, randomize, run_trajectory
+from helpers.models import CASES
+from helpers.oracle import Oracle
+from helpers.tolerances import Tolerance, assert_as_exact, assert_trajectories_close
 from smoothcache_fx import Schedule, ScheduleError
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.demo.weights import load_model
@@ -26,7 +27,6 @@ from smoothcache_fx.passes.guard import guard
 from smoothcache_fx.passes.rewriting import placeholders
 from smoothcache_fx.passes.specialize import variant_inputs
 from smoothcache_fx.schedules.coefficients import difference_coefficients, forecast_coefficients
-from tolerances import Tolerance, assert_as_exact, assert_trajectories_close
 
 STEPS = 10
 # What is forecast is what the cache holds: where a norm follows a branch, the norm's output.

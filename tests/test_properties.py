@@ -13,12 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from torch import Tensor, nn
 
 import smoothcache_fx as smoothcache
-from cases import Branch, Case, group_of, randomize, run_trajectory
-from models import CASES
-from oracle import Oracle
-from random_dits import architectures, random_case
+from helpers.cases import Branch, Case, group_of, randomize, run_trajectory
+from helpers.models import CASES
+from helpers.oracle import Oracle
+from helpers.random_dits import architectures, random_case
+from helpers.tolerances import SAME_KERNELS, assert_trajectories_close, excess
 from smoothcache_fx import CompiledError, NoSitesError, Schedule, ScheduleError, SmoothCacheError, StepError
-from tolerances import SAME_KERNELS, assert_trajectories_close, excess
 
 Rows = dict[str, list[int]]
 #: As the profile says (conftest.py); an example here compiles a model, so it takes part of a second.

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import smoothcache_fx as smoothcache
-from capture import Stack
-from cases import randomize
+from helpers.capture import Stack
+from helpers.cases import randomize
 from smoothcache_fx.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -46,8 +46,8 @@ QUICKER = re.compile(r'backend="inductor"|mode="reduce-overhead"')
 #: What a reader would have in the file that the commands name.
 MY_MODEL = """
 import torch
-from capture import Stack, inputs
-from cases import randomize
+from helpers.capture import Stack, inputs
+from helpers.cases import randomize
 
 model = randomize(Stack(), 0).eval()
 

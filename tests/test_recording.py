@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import smoothcache_fx as smoothcache
-from capture import Stack
-from cases import randomize
-from models import CASES
-from published_rule import PublishedCalibration, published_scan
+from helpers.capture import Stack
+from helpers.cases import randomize
+from helpers.models import CASES
+from helpers.published_rule import PublishedCalibration, published_scan
 from smoothcache_fx import CalibrationError, CompiledError, NoSitesError, Schedule
 
 STEPS = 10

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from checks import check_all_compute, check_sites, check_trajectory
-from structures import CASES
+from helpers.checks import check_all_compute, check_sites, check_trajectory
+from helpers.structures import CASES
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import smoothcache_fx as smoothcache
-from capture import Stack, inputs
-from cases import randomize
+from helpers.capture import Stack, inputs
+from helpers.cases import randomize
 from smoothcache_fx import CompiledError, Schedule
 
 ROWS = {"attn": [1, 0, 1, 0], "ffn": [1, 0, 0, 0]}

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import smoothcache_fx as smoothcache
-from cases import Case, group_of, random_rows, run_trajectory
-from models import CASES
-from oracle import Oracle
-from smoothcache_fx import Schedule
-from tolerances import (
+from helpers.cases import Case, group_of, random_rows, run_trajectory
+from helpers.models import CASES
+from helpers.oracle import Oracle
+from helpers.tolerances import (
     ROUNDING,
     assert_as_exact,
     assert_trajectories_close,
@@ -23,6 +22,7 @@ from tolerances import (
     tolerance,
     worst,
 )
+from smoothcache_fx import Schedule
 
 STEPS = 8
 DTYPES = [torch.float32, torch.bfloat16]

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import smoothcache_fx as smoothcache
-from cases import Branch, Case, run_trajectory
-from checks import check_all_compute, check_sites, check_trajectory
-from inline_dits import (
+from helpers.cases import Branch, Case, run_trajectory
+from helpers.checks import check_all_compute, check_sites, check_trajectory
+from helpers.inline_dits import (
     WIDTH,
     AdaLNZeroBlock,
     Attention,
@@ -23,11 +23,11 @@ from inline_dits import (
     InlineDiT,
     modulate,
 )
-from models import CASES
-from oracle import Oracle
+from helpers.models import CASES
+from helpers.oracle import Oracle
+from helpers.tolerances import SAME_KERNELS, assert_trajectories_close
 from smoothcache_fx import CompiledError, Schedule
 from smoothcache_fx.capture.whole import WholeModule, whole_module
-from tolerances import SAME_KERNELS, assert_trajectories_close
 from zoo.case import ROWS, STEPS
 
 

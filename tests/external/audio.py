@@ -8,8 +8,8 @@ import io
 import torch
 from torch import Tensor, nn
 
-from cases import Case, Conditioning
-from checks import branches
+from helpers.cases import Case, Conditioning
+from helpers.checks import branches
 
 from .packages import load
 

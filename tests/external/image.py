@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cases import Case, Conditioning
-from checks import branches
-from inline_dits import timestep_embedding
+from helpers.cases import Case, Conditioning
+from helpers.checks import branches
+from helpers.inline_dits import timestep_embedding
 
 from .packages import load
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cases import Case
-from checks import check_all_compute, check_sites, check_trajectory
 from external.packages import load
-from models import CASES
+from helpers.cases import Case
+from helpers.checks import check_all_compute, check_sites, check_trajectory
+from helpers.models import CASES
 
 Adapt = Callable[[nn.Module], nn.Module]
 #: Fused and separate projections, cross-attention, two streams, and one from diffusers.

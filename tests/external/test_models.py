@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from checks import check_all_compute, check_sites, check_trajectory
 from external import audio, image, sequence
+from helpers.checks import check_all_compute, check_sites, check_trajectory
 
 MODELS = [*audio.CASES, *image.CASES, *sequence.CASES]
 each_model = pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from aot import CAPABILITIES, Recorder, compile_launch, record, triton
 
+from helpers.aot import CAPABILITIES, Recorder, compile_launch, record, triton
 from smoothcache_fx.kernels._norms import WIDEST
 from smoothcache_fx.kernels._triton import INTERPRETED
 from smoothcache_fx.kernels.relative_l1 import LAGS_PER_LAUNCH

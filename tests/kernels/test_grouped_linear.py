@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from operands import DEVICE, DTYPES, INTERPRETED, filled_with_nan, randn
 from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
+from helpers.operands import DEVICE, DTYPES, INTERPRETED, filled_with_nan, randn
 from smoothcache_fx.kernels import grouped_linear
 
 #: Triton's interpreter multiplies bfloat16 matrices as if their bits were whole numbers.

@@ -47,7 +47,7 @@ def test_the_kernels_pass_the_same_tests(op):
 @pytest.mark.parametrize("interpreted", [True, False])
 @pytest.mark.parametrize("op", CALLS)
 def test_cpu_tensors_go_to_the_kernels_under_the_interpreter_only(op, interpreted, monkeypatch):
-    from aot import record
+    from helpers.aot import record
 
     monkeypatch.setattr(_triton, "INTERPRETED", interpreted)
     module = importlib.import_module(f"smoothcache_fx.kernels.{op}")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from operands import gate_shapes, shapes, tensors
 
+from helpers.operands import gate_shapes, shapes, tensors
 from smoothcache_fx.kernels.layout import FLAT, ROWS, STRIDED, Layout, layout_of
 
 BLOCK = 1024

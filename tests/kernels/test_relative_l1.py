@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from operands import DEVICE, DTYPES, randn, shapes, tensors
 
+from helpers.operands import DEVICE, DTYPES, randn, shapes, tensors
 from smoothcache_fx.kernels import relative_l1
 from smoothcache_fx.kernels.relative_l1 import LAGS_PER_LAUNCH
 

@@ -12,7 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import (
+from torch import Tensor
+from torch._dynamo.testing import AotEagerAndRecordGraphs
+
+from helpers.operands import (
     DEVICE,
     DTYPES,
     assert_same_bits,
@@ -24,9 +27,6 @@ from operands import (
     shapes,
     tensors,
 )
-from torch import Tensor
-from torch._dynamo.testing import AotEagerAndRecordGraphs
-
 from smoothcache_fx.kernels import residual_accumulate, residual_load
 from smoothcache_fx.kernels.residual_accumulate import UNROLLED, Run, launches_of
 

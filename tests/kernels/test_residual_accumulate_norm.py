@@ -6,10 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import DEVICE, DTYPES, assert_normed, assert_same_bits, filled_with_nan, gate_shapes, randn, tensors
 from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
+from helpers.operands import (
+    DEVICE,
+    DTYPES,
+    assert_normed,
+    assert_same_bits,
+    filled_with_nan,
+    gate_shapes,
+    randn,
+    tensors,
+)
 from smoothcache_fx.kernels import residual_accumulate, residual_accumulate_norm
 from smoothcache_fx.kernels._norms import WIDEST
 

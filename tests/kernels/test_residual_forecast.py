@@ -9,11 +9,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import DEVICE, DTYPES, assert_same_bits, expected, filled_with_nan, gate_shapes, randn, shapes, tensors
 from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from helpers.operands import (
+    DEVICE,
+    DTYPES,
+    assert_same_bits,
+    expected,
+    filled_with_nan,
+    gate_shapes,
+    randn,
+    shapes,
+    tensors,
+)
 from smoothcache_fx.kernels import residual_forecast, residual_load
 from smoothcache_fx.kernels._triton import INTERPRETED
 from smoothcache_fx.passes.forecast import forecast
@@ -211,7 +221,7 @@ def launch(
     older: Tensor | None = None,
 ):
     """What the op would launch for these operands; ``older`` stands for all values but the first."""
-    from aot import record
+    from helpers.aot import record
 
     module = importlib.import_module("smoothcache_fx.kernels.residual_forecast")
     coefficients = meta((count,), FLOAT) if coefficients is None else coefficients
@@ -220,7 +230,7 @@ def launch(
 
 
 def check_128_bits(recorder, capability: int, count: int, x: torch.dtype, value: torch.dtype, gate: torch.dtype | None):
-    from aot import compile_launch
+    from helpers.aot import compile_launch
 
     artefact = compile_launch(recorder, capability)
     assert [access for access in artefact.accesses if access[1] != 128] == [("ld", 32)] * count, "coefficients only"
@@ -250,7 +260,7 @@ def check_128_bits(recorder, capability: int, count: int, x: torch.dtype, value:
     ids=lambda dtypes: "-".join(str(one).split(".")[1] for one in dtypes),
 )
 def test_ahead_of_time_aligned_operands_are_accessed_128_bits_at_a_time(dtypes, count):
-    from aot import CAPABILITIES
+    from helpers.aot import CAPABILITIES
 
     x, value, gate = dtypes
     recorder = launch(meta(DIT, x), meta((2, 1, 1152), gate), meta(DIT, value), count)
@@ -262,7 +272,7 @@ def test_ahead_of_time_aligned_operands_are_accessed_128_bits_at_a_time(dtypes, 
 @pytest.mark.parametrize("older", [HALF, BFLOAT16], ids=str)
 def test_ahead_of_time_differences_are_read_in_their_dtype(older):
     """And in 128 bits at a time, though a thread's elements of the newest value take two of these."""
-    from aot import CAPABILITIES, compile_launch
+    from helpers.aot import CAPABILITIES, compile_launch
 
     recorder = launch(meta(DIT, FLOAT), meta((2, 1, 1152), FLOAT), meta(DIT, FLOAT), 3, older=meta(DIT, older))
     for capability in CAPABILITIES:
@@ -292,7 +302,7 @@ def test_ahead_of_time_part_of_the_tokens():
 @compiles
 def test_ahead_of_time_unaligned_operands_are_not():
     """So the test of alignment can fail: addresses at odd places, or rows of odd width."""
-    from aot import compile_launch
+    from helpers.aot import compile_launch
 
     aligned = launch(meta(DIT, BFLOAT16), meta((2, 1, 1152), BFLOAT16), meta(DIT, BFLOAT16), 3)
     odd = launch(meta((2, 257, 123), BFLOAT16), meta((2, 1, 123), BFLOAT16), meta((2, 257, 123), BFLOAT16), 3)
@@ -305,7 +315,7 @@ def test_ahead_of_time_unaligned_operands_are_not():
 @pytest.mark.parametrize("rows", [2**31 // 5120, 2**31 // 5120 + 1])
 def test_ahead_of_time_indices_have_64_bits_past_2_to_the_31(rows):
     """Read from the IR: the numbers of the elements."""
-    from aot import compile_launch
+    from helpers.aot import compile_launch
 
     x = meta((rows, 5120), BFLOAT16)
     recorder = launch(x, meta((5120,), BFLOAT16), x, 3)
@@ -321,7 +331,7 @@ def test_ahead_of_time_indices_have_64_bits_past_2_to_the_31(rows):
 @compiles
 def test_ahead_of_time_samples_have_64_bit_bases():
     """A batch past 2**31 elements, each sample below it."""
-    from aot import compile_launch
+    from helpers.aot import compile_launch
 
     x = meta((64, 32760, 5120), BFLOAT16)
     recorder = launch(x, meta((64, 1, 5120), BFLOAT16), x, 3)
@@ -336,8 +346,9 @@ def test_ahead_of_time_samples_have_64_bit_bases():
 @pytest.mark.parametrize("gate", [(2, 1, 1152), None], ids=str)
 def test_ahead_of_time_this_is_what_a_launch_compiles(gate, monkeypatch):
     """Triton's own launcher, up to the launch, compiles the same code, and but once for all sites' coefficients."""
-    from aot import compile_launch
     from test_ahead_of_time import Hopper, triton
+
+    from helpers.aot import compile_launch
 
     x, gates, storage = torch.empty(DIT, dtype=BFLOAT16), None if gate is None else torch.empty(gate), torch.empty(6)
     recorders = [launch(x, gates, torch.empty(DIT), 2, storage[start : start + 2]) for start in (0, 2)]

@@ -6,9 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import DEVICE, DTYPES, assert_same_bits, expected, filled_with_nan, gate_shapes, randn, shapes, tensors
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
+from helpers.operands import (
+    DEVICE,
+    DTYPES,
+    assert_same_bits,
+    expected,
+    filled_with_nan,
+    gate_shapes,
+    randn,
+    shapes,
+    tensors,
+)
 from smoothcache_fx.kernels import residual_load, residual_store
 
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import (
+from torch import Tensor
+from torch._dynamo.testing import AotEagerAndRecordGraphs
+
+from helpers.operands import (
     DEVICE,
     DTYPES,
     assert_normed,
@@ -19,9 +22,6 @@ from operands import (
     shapes,
     tensors,
 )
-from torch import Tensor
-from torch._dynamo.testing import AotEagerAndRecordGraphs
-
 from smoothcache_fx.kernels import residual_norm, residual_store
 from smoothcache_fx.kernels._norms import WIDEST
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import (
+from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
+
+from helpers.operands import (
     DEVICE,
     DTYPES,
     assert_same_bits,
@@ -20,8 +22,6 @@ from operands import (
     shapes,
     tensors,
 )
-from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
-
 from smoothcache_fx.kernels import residual_store
 from smoothcache_fx.kernels._triton import INTERPRETED, runs_triton
 

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 import smoothcache_fx as smoothcache
-from capture import Block, Stack, capture, inputs
-from cases import random_rows, run_trajectory
-from inline_dits import InlineDiT
-from models import CASES
-from oracle import Oracle
+from helpers.capture import Block, Stack, capture, inputs
+from helpers.cases import random_rows, run_trajectory
+from helpers.inline_dits import InlineDiT
+from helpers.models import CASES
+from helpers.oracle import Oracle
+from helpers.structures import AddcmulBlock
+from helpers.tolerances import FUSED_KERNELS, SAME_KERNELS, assert_as_exact, assert_trajectories_close
 from smoothcache_fx.capture import variants as build
 from smoothcache_fx.capture.variants import GraphBuilder
 from smoothcache_fx.passes import Lowering, check_graph, fuse, insert_guards, lowering_for, pipeline, specialize
 from smoothcache_fx.passes.facts import packet
 from smoothcache_fx.passes.forecast import FORECAST
 from smoothcache_fx.passes.rewriting import placeholders
-from structures import AddcmulBlock
-from tolerances import FUSED_KERNELS, SAME_KERNELS, assert_as_exact, assert_trajectories_close
 
 ops = torch.ops.smoothcache
 #: As on CUDA under a compiler that does not fuse, and under Inductor.

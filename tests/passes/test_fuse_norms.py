@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capture import Attention, Stack, capture, inputs
-from cases import randomize
+from helpers.capture import Attention, Stack, capture, inputs
+from helpers.cases import randomize
 from smoothcache_fx.capture.variants import GraphBuilder
 from smoothcache_fx.passes import check_graph, fuse, fuse_norms, insert_guards, lowering_for, specialize
 from smoothcache_fx.passes.facts import aten, packet, through_views

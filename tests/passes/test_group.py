@@ -16,10 +16,11 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import smoothcache_fx as smoothcache
-from capture import capture_case
-from cases import Case, run_trajectory
-from models import CASES, LABELS, SIZES
-from oracle import Oracle
+from helpers.capture import capture_case
+from helpers.cases import Case, run_trajectory
+from helpers.models import CASES, LABELS, SIZES
+from helpers.oracle import Oracle
+from helpers.tolerances import FUSED_KERNELS, Tolerance, assert_trajectories_close
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture import variants as build
 from smoothcache_fx.passes import (
@@ -36,7 +37,6 @@ from smoothcache_fx.passes.facts import aten, packet
 from smoothcache_fx.passes.group import LEAST_MEMBERS, MOST_ROWS
 from smoothcache_fx.passes.names import WEIGHT
 from smoothcache_fx.passes.rewriting import placeholders
-from tolerances import FUSED_KERNELS, Tolerance, assert_trajectories_close
 
 grouped = torch.ops.smoothcache.grouped_linear
 DEPTH = 4

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from capture import Block, Stack, capture, inputs
-from models import CASES
+from helpers.capture import Block, Stack, capture, inputs
+from helpers.models import CASES
 from smoothcache_fx.passes import count_flops, insert_guards, run_guarded, specialize
 from smoothcache_fx.passes.facts import MATMULS, is_attention_op, packet
 from smoothcache_fx.passes.guard import CACHE, guards

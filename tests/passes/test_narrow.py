@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from capture import Block, capture, inputs
-from models import CASES
+from helpers.capture import Block, capture, inputs
+from helpers.models import CASES
 from smoothcache_fx.passes import check_graph, count_flops, narrow, specialize
 from smoothcache_fx.passes.facts import MATMULS, packet
 from smoothcache_fx.passes.rewriting import placeholders

@@ -11,8 +11,8 @@ from torch._inductor import config
 from torch.fx import GraphModule
 
 import smoothcache_fx as smoothcache
-from capture import Stack, inputs
-from cases import randomize
+from helpers.capture import Stack, inputs
+from helpers.cases import randomize
 from smoothcache_fx import Schedule
 from smoothcache_fx.passes import Lowering, pipeline
 from smoothcache_fx.passes.pipeline import PASSES, Pass, Target

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch.fx import GraphModule, Node
 
-from capture import capture_case
-from cases import Case
-from models import CASES
+from helpers.capture import capture_case
+from helpers.cases import Case
+from helpers.models import CASES
+from helpers.tolerances import FUSED_KERNELS, assert_as_exact, excess
 from smoothcache_fx.capture.variants import GraphBuilder
 from smoothcache_fx.passes import check_graph, fuse, insert_guards, lowering_for, specialize
 from smoothcache_fx.passes.facts import aten, is_product, is_view_or_cast, packet
 from smoothcache_fx.passes.forecast import FORECAST
 from smoothcache_fx.passes.guard import CACHE
 from smoothcache_fx.passes.rewriting import placeholders
-from tolerances import FUSED_KERNELS, assert_as_exact, excess
 from zoo.catalog import CASES as ZOO
 
 accumulate = torch.ops.smoothcache.residual_accumulate

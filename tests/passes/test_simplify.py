@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from capture import Stack, capture, inputs
+from helpers.capture import Stack, capture, inputs
 from smoothcache_fx.passes import simplify
 
 aten = torch.ops.aten

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from capture import Attention, Block, Stack, capture, inputs
-from models import CASES
+from helpers.capture import Attention, Block, Stack, capture, inputs
+from helpers.models import CASES
 from smoothcache_fx.passes import find_sites, find_sites_and_rejections
 from smoothcache_fx.passes.facts import MATMULS, packet
 from smoothcache_fx.passes.names import WEIGHT, common_module, group_of, unique_names

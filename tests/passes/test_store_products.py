@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import smoothcache_fx as smoothcache
-from capture import Block, Stack, capture, capture_case, inputs
-from cases import randomize
-from models import CASES
+from helpers.capture import Block, Stack, capture, capture_case, inputs
+from helpers.cases import randomize
+from helpers.models import CASES
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture._inductor import code_path
 from smoothcache_fx.capture.cuda_graphs import may_run_twice, read_and_written

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from capture import Stack, capture, inputs
+from helpers.capture import Stack, capture, inputs
 from smoothcache_fx.passes import count_bytes, specialize
 
 

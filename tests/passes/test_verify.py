@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from capture import Stack, capture, inputs
+from helpers.capture import Stack, capture, inputs
 from smoothcache_fx.passes import GraphError, check_graph, insert_guards, specialize
 from smoothcache_fx.passes.guard import CACHE, guards
 from smoothcache_fx.passes.rewriting import placeholders

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model, T5Config, T5EncoderModel
 
-from cases import randomize
+from helpers.cases import randomize
 
 WIDTH = 32
 TEXT = 16

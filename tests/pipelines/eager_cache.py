@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from cases import Branch
-from oracle import Oracle
+from helpers.cases import Branch
+from helpers.oracle import Oracle
 from zoo.case import matches
 
 from .build import PipelineCase

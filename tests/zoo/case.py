@@ -12,7 +12,7 @@ import diffusers
 import torch
 from torch import Generator, Tensor, nn
 
-from cases import Branch, Case
+from helpers.cases import Branch, Case
 
 BATCH = 2
 #: One row a kind, each another, so that a branch taken for another kind shows. All have a first and no last compute.

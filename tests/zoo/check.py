@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import smoothcache_fx as smoothcache
-from cases import Case, run_trajectory
-from oracle import Oracle
+from helpers.cases import Case, run_trajectory
+from helpers.oracle import Oracle
+from helpers.tolerances import tolerance, worst
 from smoothcache_fx import Schedule
 from smoothcache_fx.compiled.forward import compiled_forward
-from tolerances import tolerance, worst
 
 from .case import JOINED, ROWS, STEPS, ZooCase
 

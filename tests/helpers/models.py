@@ -14,8 +14,10 @@ from diffusers import (
 )
 from torch import Generator, Tensor, nn
 
-from cases import Branch, Case, Conditioning
-from inline_dits import (
+from smoothcache_fx.demo.model import DiT as DemoDiT
+
+from .cases import Branch, Case, Conditioning
+from .inline_dits import (
     CHANNELS,
     LABELS,
     TEXT_TOKENS,
@@ -31,7 +33,6 @@ from inline_dits import (
     SingleStreamBlock,
     UngatedBlock,
 )
-from smoothcache_fx.demo.model import DiT as DemoDiT
 
 BATCH = 2
 

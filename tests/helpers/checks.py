@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import smoothcache_fx as smoothcache
-from cases import Branch, Case, run_trajectory
-from oracle import Oracle
 from smoothcache_fx import Schedule
-from tolerances import assert_trajectories_close, tolerance, worst
 from zoo.case import ROWS, STEPS
+
+from .cases import Branch, Case, run_trajectory
+from .oracle import Oracle
+from .tolerances import assert_trajectories_close, tolerance, worst
 
 
 def branches(kind_of: Mapping[str, str], outputs: Mapping[str, str] | None = None) -> dict[str, Branch]:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from cases import Branch, Case
-from inline_dits import (
+from .cases import Branch, Case
+from .inline_dits import (
     CHANNELS,
     TEXT_WIDTH,
     TOKENS,
@@ -26,7 +26,7 @@ from inline_dits import (
     split_heads,
     timestep_embedding,
 )
-from models import CASES as MODELS
+from .models import CASES as MODELS
 
 
 class AddcmulBlock(nn.Module):

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cases import Branch, Case
-from inline_dits import merge_heads, split_heads, timestep_embedding
+from .cases import Branch, Case
+from .inline_dits import merge_heads, split_heads, timestep_embedding
 
 WIDTH = 16
 HEADS = 2

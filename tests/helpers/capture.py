@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from cases import Case
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture import _torch
 from smoothcache_fx.capture.inner import inner_compiler
@@ -15,6 +14,8 @@ from smoothcache_fx.capture.program import Program
 from smoothcache_fx.capture.session import Session
 from smoothcache_fx.runtime.calls import ModelCall
 from smoothcache_fx.runtime.clock import Clock
+
+from .cases import Case
 
 
 def capture(model: nn.Module, *args: Any, backend: str = "eager", **kwargs: Any) -> list[Program]:

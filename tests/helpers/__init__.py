@@ -1,0 +1,1 @@
+"""What tests share: models, the oracle, captures, tolerances, operands of kernels."""
