@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .flops import SDPA, is_custom
+from .mutation import arguments_by_name
 from .names import WEIGHT
 
 aten = torch.ops.aten
@@ -109,12 +110,6 @@ def is_attention_op(node: Node) -> bool:
 def is_whole_module(node: Node) -> bool:
     """Whether the op stands for a module that is kept whole (``smoothcache_fx/capture/whole.py``)."""
     return str(packet(node)) == "smoothcache.whole_module"
-
-
-def arguments_by_name(node: Node) -> dict[str, Any]:
-    """What a call of an op is given, by the names of its schema."""
-    names = (argument.name for argument in node.target._schema.arguments)
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def is_opaque(node: Node) -> bool:

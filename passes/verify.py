@@ -10,10 +10,8 @@ from torch.fx import GraphModule, Node
 
 from .facts import is_view_or_cast, packet
 from .guard import CACHE, DECISION, guard
+from .mutation import arguments_written
 from .rewriting import placeholders
-
-#: Ops that write to their fourth argument.
-WRITERS = ("smoothcache.residual_store", "smoothcache.residual_norm", "smoothcache.matmul_store")
 
 
 class GraphError(RuntimeError):
@@ -147,6 +145,4 @@ def _goes_into_a_difference(user: Node, cache: Node) -> bool:
 
 def _writes(user: Node, cache: Node) -> bool:
     """Whether an op writes to the argument that is the cache, or a view of it."""
-    if packet(user) is torch.ops.aten.copy_:
-        return user.args[0] is cache
-    return str(packet(user)) in WRITERS and user.args[3] is cache
+    return cache in arguments_written(user)

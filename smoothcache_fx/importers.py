@@ -98,7 +98,7 @@ def pyramid_attention_broadcast(
     Args:
         timesteps: of the sampler, ``[steps]``, in sampling order and in the units of the range (1000 down to 0), such
             as ``pipe.scheduler.timesteps`` after ``set_timesteps``.
-        spatial, temporal, cross: compute one of so many steps; None computes every step. The paper's PAB246 is 2, 4
+        spatial, temporal, cross: compute every n-th step; None computes every step. The paper's PAB246 is 2, 4
             and 6.
         timestep_range: where reuse is allowed, both ends excluded; one for all, or by kind of attention, such as
             ``{"cross": (100, 850)}``, and the default for the rest.

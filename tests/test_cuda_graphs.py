@@ -17,8 +17,9 @@ from helpers.capture import Stack, inputs
 from helpers.cases import randomize
 from helpers.oracle import Oracle
 from smoothcache_fx import Schedule
-from smoothcache_fx.capture.cuda_graphs import may_run_twice, owned, read_and_written, recorded_at_once
+from smoothcache_fx.capture.cuda_graphs import may_run_twice, owned, recorded_at_once
 from smoothcache_fx.compiled.forward import compiled_forward
+from smoothcache_fx.passes.mutation import read_and_written
 from test_backend import Branch
 
 ROWS = {"attn": [1, 0, 1, 0], "ffn": [1, 1, 0, 0]}

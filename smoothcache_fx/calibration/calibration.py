@@ -84,9 +84,9 @@ class Calibration:
             self.timesteps = numbers_of(self.timesteps, "timesteps", self.steps, CalibrationError)
         if not isinstance(self.sensitivity, dict):
             raise CalibrationError(f"sensitivity is a {type(self.sensitivity).__name__}, expected a dict")
-        self.sensitivity = {key: self._checked(key, values) for key, values in self.sensitivity.items()}
+        self.sensitivity = {key: self._checked_sensitivity(key, values) for key, values in self.sensitivity.items()}
 
-    def _checked(self, key: str, values: Any) -> NDArray[np.float64]:
+    def _checked_sensitivity(self, key: str, values: Any) -> NDArray[np.float64]:
         try:
             array = np.asarray(values, np.float64)
         except (TypeError, ValueError):
@@ -323,7 +323,7 @@ class Calibration:
 
         Raises:
             CalibrationError: if the file is missing, is not JSON, is of another format or a newer version, or
-                holds something that is no calibration.
+                does not hold a calibration.
         """
         data = read_object(path, CalibrationError, "calibration")
         keys: tuple[str, ...] = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "sensitivity")

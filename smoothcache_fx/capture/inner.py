@@ -11,8 +11,9 @@ import torch
 from torch.fx import GraphModule
 
 from ..errors import CompiledError
+from ..passes.mutation import read_and_written
 from . import _inductor, _torch
-from .cuda_graphs import Boxed, may_run_twice, read_and_written, recorded_at_once
+from .cuda_graphs import Boxed, may_run_twice, recorded_at_once
 
 #: Gets the ATen graph and a function that compiles a variant of it; returns a callable that takes one list.
 Transform = Callable[[GraphModule, "CompileVariant"], Callable[[list[Any]], Sequence[Any]]]

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.interval is not None:
         if options.steps is None or options.calibration is not None:
-            raise ValueError("--interval needs --steps, and no calibration: it computes every so many steps")
+            raise ValueError("--interval needs --steps and no calibration: it computes every n-th step")
         if options.solver or options.rows or options.max_variants:
             raise ValueError("--solver, --rows and --max-variants are for --compute; --interval says the rows itself")
         schedule = dataclasses.replace(Schedule.uniform(options.steps, options.interval), order=options.order or 0)

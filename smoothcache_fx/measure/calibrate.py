@@ -60,7 +60,7 @@ def calibrate(
             all is measured along that trajectory. All branches are computed nonetheless. Or a function that makes a
             schedule of a calibration: what it makes of the uncached trajectory is followed, what it makes of that one
             next, until it makes a schedule that was followed before.
-        rounds: follow at most so many schedules of such a function. ``sample`` runs once more than that at most.
+        rounds: the most schedules of such a function to follow; ``sample`` runs at most once more than that.
         steps: denoising steps in a trajectory, if they cannot be seen from the timesteps.
         calls_per_step: calls of a bare model in one step; each has a history of its own. By default one; two calls in a
             row at one timestep are then an error.

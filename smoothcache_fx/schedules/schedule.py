@@ -210,7 +210,7 @@ class Schedule:
 
         Raises:
             ScheduleError: if the file is missing, is not JSON, is of another format or a newer version, or
-                holds something that is no schedule.
+                does not hold a schedule.
         """
         data = read_object(path, ScheduleError, "schedule")
         keys: tuple[str, ...] = ("steps", "order", "compute", "flops", "times")

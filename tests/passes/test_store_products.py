@@ -16,12 +16,13 @@ from helpers.cases import randomize
 from helpers.models import CASES
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture._inductor import code_path
-from smoothcache_fx.capture.cuda_graphs import may_run_twice, read_and_written
+from smoothcache_fx.capture.cuda_graphs import may_run_twice
 from smoothcache_fx.capture.inner import inner_compiler
 from smoothcache_fx.capture.program import Program
 from smoothcache_fx.passes import check_graph, count_flops, insert_guards, specialize, store_products
 from smoothcache_fx.passes.facts import aten, packet
 from smoothcache_fx.passes.guard import CACHE, guards
+from smoothcache_fx.passes.mutation import read_and_written
 from smoothcache_fx.passes.rewriting import placeholders
 
 matmul_store = torch.ops.smoothcache.matmul_store
