@@ -19,7 +19,7 @@ import smoothcache_fx as smoothcache
 from helpers.capture import Attention, Block, Stack, inputs
 from helpers.cases import randomize
 from helpers.oracle import Oracle
-from smoothcache_fx import NoSitesError, Schedule, ScheduleError
+from smoothcache_fx import Schedule
 from smoothcache_fx.compiled.forward import compiled_forward
 from smoothcache_fx.runtime.binding import Binding
 from smoothcache_fx.runtime.caches import Stream
@@ -497,15 +497,3 @@ def test_code_on_disk_is_of_the_same_ops(monkeypatch):
         assert misses() == 0
         monkeypatch.setattr(_inductor, "_schemas", lambda: "residual_load(Tensor x, Tensor cache) -> Tensor")
         assert misses() == 2
-
-
-def test_no_sites_at_all():
-    model = smoothcache.compile(nn.Sequential(nn.Linear(4, 4)).eval(), Schedule(2, {"ffn": [1, 0]}), backend="eager")
-    with pytest.raises(NoSitesError, match="no add of two tensors was found"):
-        model(torch.randn(2, 3, 4))
-
-
-def test_graphs_and_ordinals_of_a_schedule_for_other_sites():
-    model = smoothcache.compile(Stack().eval(), Schedule(2, {"layers.*.attn": [1, 0]}), backend="eager")
-    with pytest.raises(ScheduleError, match=r"'layers.\*.attn'.*\n  blocks.\*.attn \(attn\)\n  blocks.\*.mlp"):
-        model(*inputs())
