@@ -19,6 +19,7 @@ import smoothcache_fx as smoothcache
 from helpers.capture import Attention, Block, Stack, inputs
 from helpers.cases import randomize
 from helpers.oracle import Oracle
+from helpers.tolerances import REORDERED, assert_close
 from smoothcache_fx import Schedule
 from smoothcache_fx.compiled.forward import compiled_forward
 from smoothcache_fx.runtime.binding import Binding
@@ -44,7 +45,7 @@ def check(model, reference, branches, rows, *, backend="eager", trajectories=2, 
                 actual = model(x, c)
                 with oracle.step(step):
                     expected = reference(x, c)
-                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+                assert_close(actual, expected, REORDERED)
                 x = x + 0.1 * torch.randn_like(x)
     return model
 
@@ -283,7 +284,7 @@ def test_a_change_of_shape_within_a_trajectory_computes_anew():
     with torch.no_grad():
         model(*inputs(2, 6))
         x, c = inputs(2, 8)
-        torch.testing.assert_close(model(x, c), reference(x, c), rtol=1e-5, atol=1e-5)
+        assert_close(model(x, c), reference(x, c), REORDERED)
     report = smoothcache.report(model)
     assert sum(report.forced.values()) == 4 and "step 1" in str(report)
 
@@ -307,7 +308,7 @@ def test_a_failed_call_leaves_no_half_written_cache_behind():
             model(*inputs())
         variant.run = run
         x, c = inputs()
-        torch.testing.assert_close(model(x, c), reference(x, c), rtol=1e-5, atol=1e-5)
+        assert_close(model(x, c), reference(x, c), REORDERED)
 
 
 # The backend by its name.
@@ -334,7 +335,7 @@ def test_the_backend_by_name(registered):
                 x, c = inputs()
                 with oracle.step(step):
                     expected = reference(x, c)
-                torch.testing.assert_close(compiled(x, c), expected, rtol=1e-5, atol=1e-5)
+                assert_close(compiled(x, c), expected, REORDERED)
 
 
 def test_the_backend_by_name_keeps_its_step_over_a_recompile(registered):
@@ -347,10 +348,10 @@ def test_the_backend_by_name_keeps_its_step_over_a_recompile(registered):
     with torch.no_grad():
         compiled(*inputs(2))
         x, c = inputs(3)
-        torch.testing.assert_close(compiled(x, c), reference(x, c), rtol=1e-5, atol=1e-5)
+        assert_close(compiled(x, c), reference(x, c), REORDERED)
         compiled(x, c)
         x, c = inputs(3)
-        torch.testing.assert_close(compiled(x, c), reference(x, c), rtol=1e-5, atol=1e-5)  # step 3 computes
+        assert_close(compiled(x, c), reference(x, c), REORDERED)  # step 3 computes
 
 
 def test_the_backend_by_name_keeps_models_of_one_class_apart(registered):

@@ -16,6 +16,7 @@ import smoothcache_fx as smoothcache
 from helpers.capture import Stack, inputs
 from helpers.cases import randomize
 from helpers.oracle import Oracle
+from helpers.tolerances import COMPILED, assert_close
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture.cuda_graphs import may_run_twice, owned, recorded_at_once
 from smoothcache_fx.compiled.forward import compiled_forward
@@ -212,7 +213,7 @@ def follow(device: str, mode: str, calls_per_step: int, sizes: Sequence[tuple[in
             bindings = [binding for p in compiled_forward(model).session.programs for binding in p.bindings]
             streams = [stream for binding in bindings for stream in binding.streams.values()]
             yield {buffer.data_ptr() for stream in streams for buffer in stream.buffers if buffer is not None}
-    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-4)
+    assert_close(kept, expected, COMPILED)
 
 
 @pytest.mark.parametrize("calls_per_step", [1, 2])

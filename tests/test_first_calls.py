@@ -14,6 +14,7 @@ from torch import nn
 import smoothcache_fx as smoothcache
 from helpers.capture import Stack, inputs
 from helpers.cases import randomize
+from helpers.tolerances import COMPILED, assert_close
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture import _torch
 
@@ -49,7 +50,7 @@ def test_models_in_threads_of_their_own_are_captured_once_each(backend):
         report = smoothcache.report(model)
         assert report.graphs == 1 and report.uncompiled_calls == 0 and not report.forced
         for output in outputs:
-            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+            assert_close(output, expected, COMPILED)
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])

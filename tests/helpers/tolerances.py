@@ -20,6 +20,12 @@ SAME_KERNELS = {torch.float32: Tolerance(1e-6, 1e-6), torch.bfloat16: Tolerance(
 #: Inductor fuses, so sums are reordered. In bfloat16 it also rounds less often than eager does, so that no
 #: tolerance between the two is tight: see ``assert_as_exact``.
 FUSED_KERNELS = {torch.float32: Tolerance(1e-5, 1e-5)}
+#: Float32 sums in another order, in one op or a few.
+REORDERED = Tolerance(1e-5, 1e-5)
+#: A whole model of several blocks, where sums are reordered at each.
+COMPILED = Tolerance(1e-4, 1e-4)
+#: One sum of a whole tensor.
+SUMS = Tolerance(1e-6, 0)
 #: Root mean square error of a fused bfloat16 trajectory over that of the eager one, both against float32.
 #: Correct ones reach 1.15; one wrong decision of one site gives 4 to 45.
 ROUNDING = 1.5
@@ -27,6 +33,11 @@ ROUNDING = 1.5
 
 def tolerance(dtype: torch.dtype, backend: str = "eager") -> Tolerance:
     return (FUSED_KERNELS if backend == "inductor" else SAME_KERNELS)[dtype]
+
+
+def assert_close(actual: object, expected: object, allowed: Tolerance) -> None:
+    """Tensors, or structures of them, as PyTorch compares them: dtypes, shapes and devices, too."""
+    torch.testing.assert_close(actual, expected, rtol=allowed.rtol, atol=allowed.atol)
 
 
 def excess(actual: Tensor, expected: Tensor, allowed: Tolerance) -> float:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.operands import DEVICE, DTYPES, randn, shapes, tensors
+from helpers.tolerances import SUMS, assert_close
 from smoothcache_fx.kernels import relative_l1
 from smoothcache_fx.kernels.relative_l1 import LAGS_PER_LAUNCH
 
@@ -27,7 +28,7 @@ def test_it_is_the_sums_of_absolute_differences(shape, lags, dtype, seed):
     fresh, *earlier = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(lags + 1))
     sums = relative_l1(fresh, earlier)
     assert sums.dtype == torch.float64 and sums.shape == (lags + 1,)
-    torch.testing.assert_close(sums, exact(fresh, earlier), rtol=1e-6, atol=0)
+    assert_close(sums, exact(fresh, earlier), SUMS)
 
 
 def test_it_reads_any_strides_and_keeps_its_inputs():
@@ -53,13 +54,13 @@ def test_nan_and_infinity_show_in_the_sums():
 def test_any_shape_dtype_and_strides(data, shape, lags):
     """Every tensor with its own dtype and strides, as outputs come from one step and from another."""
     fresh, *earlier = (data.draw(tensors(shape, data.draw(st.sampled_from(DTYPES)))) for _ in range(lags + 1))
-    torch.testing.assert_close(relative_l1(fresh, earlier), exact(fresh, earlier), rtol=1e-6, atol=0)
+    assert_close(relative_l1(fresh, earlier), exact(fresh, earlier), SUMS)
 
 
 @pytest.mark.parametrize("lags", [LAGS_PER_LAUNCH, LAGS_PER_LAUNCH + 1, 2 * LAGS_PER_LAUNCH + 3])
 def test_many_lags(lags):
     fresh, *earlier = (randn(3, 123) for _ in range(lags + 1))
-    torch.testing.assert_close(relative_l1(fresh, earlier), exact(fresh, earlier), rtol=1e-6, atol=0)
+    assert_close(relative_l1(fresh, earlier), exact(fresh, earlier), SUMS)
 
 
 def test_float32_is_enough_within_a_block():
@@ -71,7 +72,7 @@ def test_float32_is_enough_within_a_block():
 
 def test_more_dimensions_than_the_kernel_has_loops():
     fresh, earlier = randn(2, 3, 2, 3, 2, 3).permute(5, 0, 4, 1, 3, 2), randn(3, 2, 2, 3, 3, 2)
-    torch.testing.assert_close(relative_l1(fresh, [earlier]), exact(fresh, [earlier]), rtol=1e-6, atol=0)
+    assert_close(relative_l1(fresh, [earlier]), exact(fresh, [earlier]), SUMS)
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 8), ()])

@@ -20,7 +20,7 @@ from helpers.capture import capture_case
 from helpers.cases import Case, run_trajectory
 from helpers.models import CASES, LABELS, SIZES
 from helpers.oracle import Oracle
-from helpers.tolerances import FUSED_KERNELS, Tolerance, assert_trajectories_close
+from helpers.tolerances import FUSED_KERNELS, REORDERED, Tolerance, assert_close, assert_trajectories_close
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture import variants as build
 from smoothcache_fx.passes import (
@@ -74,7 +74,7 @@ def values_of(graph: GraphModule) -> list[Tensor]:
 
 def check_equal(before: GraphModule, after: GraphModule) -> None:
     for expected, actual in zip(before(*values_of(before)), after(*values_of(after)), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        assert_close(actual, expected, REORDERED)
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -160,7 +160,7 @@ def check_step(step, x: Tensor, parameters: list[Tensor]) -> GraphModule:
     graph = traced(step, x, parameters)
     after = group_linears(merge_equal(graph))
     after.graph.lint()
-    torch.testing.assert_close(after(x, *parameters), graph(x, *parameters), rtol=1e-5, atol=1e-5)
+    assert_close(after(x, *parameters), graph(x, *parameters), REORDERED)
     return after
 
 

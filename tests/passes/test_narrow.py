@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from helpers.capture import Block, capture, inputs
 from helpers.models import CASES
+from helpers.tolerances import REORDERED, assert_close
 from smoothcache_fx.passes import check_graph, count_flops, narrow, specialize
 from smoothcache_fx.passes.facts import MATMULS, packet
 from smoothcache_fx.passes.rewriting import placeholders
@@ -35,9 +36,9 @@ def check_equal(before: torch.fx.GraphModule, after: torch.fx.GraphModule) -> No
         shapes = [(node.meta["val"].shape, node.meta["val"].dtype) for node in placeholders(graph.graph)]
         values.append([torch.randn([int(s) for s in shape], generator=generator).to(dtype) for shape, dtype in shapes])
     for expected, actual in zip(before(*values[0]), after(*values[1]), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+        assert_close(actual, expected, REORDERED)
     for expected, actual in zip(*values, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+        assert_close(actual, expected, REORDERED)
 
 
 def products(graph: torch.fx.GraphModule) -> list[list[int]]:
