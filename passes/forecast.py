@@ -26,6 +26,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .facts import aten, packet
+from .rewriting import emit
 
 #: The cast that Inductor takes in a variant: it has taken ``aten._to_copy`` apart before.
 CAST = torch.ops.prims.convert_element_type.default
@@ -67,9 +68,9 @@ def difference(value: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) ->
 def emit_difference(graph: Graph, value: Node, before: Node, dtype: torch.dtype) -> Node:
     """Nodes that compute ``difference`` but for its last rounding, which the copy into a cache does."""
     largest = torch.finfo(dtype).max
-    node = _call(graph, aten.sub.Tensor, value, before)
+    node = _part(graph, aten.sub.Tensor, value, before)
     # Inductor has taken ``clamp`` apart before it is given a variant, and knows the two halves only.
-    return _call(graph, aten.clamp_max.default, _call(graph, aten.clamp_min.default, node, -largest), largest)
+    return _part(graph, aten.clamp_max.default, _part(graph, aten.clamp_min.default, node, -largest), largest)
 
 
 def holds_differences(first: torch.Tensor, other: torch.Tensor) -> bool:
@@ -83,9 +84,9 @@ def emit_forecast(graph: Graph, values: Sequence[Node], coefficients: Node) -> N
     wide = torch.promote_types(dtype, torch.float32)
     total = None
     for index, value in enumerate(values):
-        coefficient = _call(graph, aten.select.int, coefficients, 0, index)
-        term = _call(graph, aten.mul.Tensor, _cast(graph, value, wide), coefficient)
-        total = term if total is None else _call(graph, aten.add.Tensor, total, term)
+        coefficient = _part(graph, aten.select.int, coefficients, 0, index)
+        term = _part(graph, aten.mul.Tensor, _cast(graph, value, wide), coefficient)
+        total = term if total is None else _part(graph, aten.add.Tensor, total, term)
     result = _cast(graph, total, dtype)
     result.meta[FORECAST] = WHOLE
     return result
@@ -104,12 +105,8 @@ def read_forecast(node: Node) -> tuple[list[Node], Node] | None:
     return [_uncast(term.args[0]) for term in terms], terms[0].args[1].args[0]
 
 
-def _call(graph: Graph, target: torch._ops.OpOverload, *args: object) -> Node:
-    node = graph.call_function(target, args)
-    values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
-    fake = next(value for value in values if isinstance(value, torch.Tensor))
-    with fake.fake_mode:
-        node.meta["val"] = target(*values)
+def _part(graph: Graph, target: torch._ops.OpOverload, *args: object) -> Node:
+    node = emit(graph, target, *args)
     node.meta[FORECAST] = "part"
     return node
 
@@ -118,7 +115,7 @@ def _cast(graph: Graph, value: Node, dtype: torch.dtype) -> Node:
     fake = value.meta["val"]
     if fake.dtype == dtype:
         return value
-    return _call(graph, CAST, value, dtype)
+    return _part(graph, CAST, value, dtype)
 
 
 def _uncast(node: Node) -> Node:

@@ -239,10 +239,8 @@ def _values(graph: Graph, term: Term) -> tuple[list[Node], Node | None]:
     if found is None:
         return [term.branch], None
     values, coefficients = found
-    coefficient = coefficients.meta["val"]
-    if len(values) < len(coefficient):
-        coefficients = graph.call_function(aten.slice.Tensor, (coefficients, 0, 0, len(values)))
-        coefficients.meta = {"val": coefficient[: len(values)]}
+    if len(values) < len(tensor_value(coefficients)):
+        coefficients = emit(graph, aten.slice.Tensor, coefficients, 0, 0, len(values))
     return [_again(graph, term.views, value) for value in values], coefficients
 
 

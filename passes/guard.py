@@ -27,7 +27,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .facts import aten
 from .forecast import difference, forecast, holds_differences
-from .rewriting import copy_graph, with_graph
+from .rewriting import copy_graph, emit, with_graph
 from .sites import Site
 
 #: Keys in the metadata of guards and their placeholders: position of the site, position of the buffer.
@@ -125,9 +125,7 @@ def _insert_guard(graph: Graph, value: Node, caches: Sequence[Node], coefficient
     if older:
         start = cache.meta[CACHE]
         with graph.inserting_after(value):
-            after = graph.call_function(aten.slice.Tensor, (coefficients, 0, start, start + len(caches)))
-        with coefficients.meta["val"].fake_mode:
-            after.meta["val"] = coefficients.meta["val"][start : start + len(caches)]
+            after = emit(graph, aten.slice.Tensor, coefficients, 0, start, start + len(caches))
         arguments += (older, after)
     with graph.inserting_after(after):
         node = graph.call_function(guard, arguments)

@@ -18,18 +18,16 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .counting import count
 from .facts import aten, packet, tensor_value
 from .flops import count_flops
 from .names import WEIGHT
-from .rewriting import copy_graph, remove_dead_code, with_graph
+from .rewriting import copy_graph, emit, remove_dead_code, with_graph
 
 log = logging.getLogger(__name__)
 
@@ -167,44 +165,25 @@ def _rewrite(graph: Graph, product: Product) -> None:
     for run in product.runs:
         start, end = run[0].start, max(piece.end for piece in run)
         with graph.inserting_before(node):
-            rows = _call(graph, aten.slice.Tensor, (product.weight, 0, start, end), like=node)
-            columns = _call(graph, aten.permute.default, (rows, [1, 0]), like=node)
+            rows = emit(graph, aten.slice.Tensor, product.weight, 0, start, end, like=node)
+            columns = emit(graph, aten.permute.default, rows, [1, 0], like=node)
             if packet(node) is aten.addmm:
-                bias = _call(graph, aten.slice.Tensor, (node.args[0], 0, start, end), like=node)
+                bias = emit(graph, aten.slice.Tensor, node.args[0], 0, start, end, like=node)
                 arguments: tuple[Any, ...] = (bias, node.args[1], columns)
             else:
                 arguments = (node.args[0], columns)
-            value = _call(graph, node.target, arguments, like=node)
+            value = emit(graph, node.target, *arguments, like=node)
         for view in product.views:
             with graph.inserting_before(view):
                 rest = list(view.args[1:])
                 if packet(view) in (aten.view, aten._unsafe_view):
                     rest[0] = [*rest[0][:-1], end - start]
-                value = _call(graph, view.target, (value, *rest), like=view, kwargs=view.kwargs)
+                value = emit(graph, view.target, value, *rest, like=view, **view.kwargs)
         for piece in run:
             part = value
             if (piece.start, piece.end) != (start, end):
                 with graph.inserting_before(piece.node):
                     dim = tensor_value(value).ndim - 1
                     bounds = (piece.start - start, piece.end - start)
-                    part = _call(graph, aten.slice.Tensor, (value, dim, *bounds), like=piece.node)
+                    part = emit(graph, aten.slice.Tensor, value, dim, *bounds, like=piece.node)
             piece.node.replace_all_uses_with(part)
-
-
-def _call(
-    graph: Graph, op: Callable[..., Any], arguments: Sequence[Any], *, like: Node, kwargs: dict[str, Any] | None = None
-) -> Node:
-    """A call with its value, said to come from where ``like`` does."""
-    node = graph.call_function(op, tuple(arguments), dict(kwargs or {}))
-    for key in ("nn_module_stack", "stack_trace", "original_aten"):
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
-    values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in arguments]
-    sizes = [
-        [size.meta["val"] if isinstance(size, Node) else size for size in value] if isinstance(value, list) else value
-        for value in values
-    ]
-    fake_mode = next(value.fake_mode for value in values if isinstance(value, torch.Tensor))
-    with fake_mode:
-        node.meta["val"] = op(*sizes, **(kwargs or {}))
-    return node

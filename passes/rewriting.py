@@ -30,9 +30,17 @@ def with_graph(gm: GraphModule, graph: Graph) -> GraphModule:
     return result
 
 
-def emit(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-    """A call at the graph's insertion point, with its value worked out from those of its arguments."""
+#: What says where in the model a node comes from.
+_ORIGIN = ("nn_module_stack", "stack_trace", "original_aten")
+
+
+def emit(graph: Graph, target: Callable[..., Any], *args: Any, like: Node | None = None, **kwargs: Any) -> Node:
+    """A call at the graph's insertion point, with its value worked out from those of its arguments.
+
+    It is said to come from where ``like`` does.
+    """
     node = graph.call_function(target, args, kwargs)
+    node.meta |= {key: like.meta[key] for key in _ORIGIN if like is not None and key in like.meta}
     given, named = tree_map(lambda one: one.meta["val"] if isinstance(one, Node) else one, (args, kwargs))
     fake = next(one for one in tree_leaves((given, named)) if isinstance(one, torch.Tensor))
     with fake.fake_mode:
