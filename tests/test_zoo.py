@@ -22,8 +22,18 @@ def test_every_branch_is_a_site_and_the_trajectory_is_the_oracles(name):
     assert not check(CASES[name]).problems()
 
 
+#: Not all of its attention can be in sites: ``docs/limits.md``.
+NOT_COVERED = "WanAnimate2Transformer3DModel"
+EVERY_CLASS = [
+    pytest.param(name, marks=pytest.mark.xfail(reason="its attention takes Python objects"))
+    if name == NOT_COVERED
+    else name
+    for name in sorted(set(CASES) - set(NOT_RUN))
+]
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", sorted(set(CASES) - set(NOT_RUN)))
+@pytest.mark.parametrize("name", EVERY_CLASS)
 def test_every_class_on_every_backend(name, backend):
     assert not check(CASES[name], backend=backend).problems()
 
