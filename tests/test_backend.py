@@ -18,19 +18,12 @@ from torch._inductor.utils import fresh_cache
 import smoothcache_fx as smoothcache
 from helpers.capture import Attention, Block, Stack, inputs
 from helpers.cases import randomize
-from helpers.oracle import Oracle
+from helpers.oracle import ModuleCall, Oracle
 from helpers.tolerances import REORDERED, assert_close
 from smoothcache_fx import Schedule
 from smoothcache_fx.compiled.forward import compiled_forward
 from smoothcache_fx.runtime.binding import Binding
 from smoothcache_fx.runtime.caches import Stream
-
-
-class Branch:
-    """Where the oracle finds a site: a module and which of its calls."""
-
-    def __init__(self, module: str, call: int = 0) -> None:
-        self.module, self.call = module, call
 
 
 def check(model, reference, branches, rows, *, backend="eager", trajectories=2, sizes=((2, 6),), **options):
@@ -61,7 +54,7 @@ ROWS = {
     "blocks.1.attn": [1, 0, 0, 1, 0],
     "blocks.1.mlp": [1, 0, 1, 1, 0],
 }
-BRANCHES = {name: Branch(name) for name in ROWS}
+BRANCHES = {name: ModuleCall(name) for name in ROWS}
 
 
 def test_one_graph_that_serves_two_blocks_keeps_them_apart():
@@ -97,7 +90,7 @@ def test_a_block_called_twice_in_a_step_has_two_caches(broken):
         "block.attn#2": [1, 0, 0, 1],
         "block.mlp#2": [1, 0, 1, 0],
     }
-    branches = {name: Branch(name.partition("#")[0], int("#2" in name)) for name in rows}
+    branches = {name: ModuleCall(name.partition("#")[0], int("#2" in name)) for name in rows}
     model = check(*pair(Tied), branches, rows)
     names = {site.name for p in compiled_forward(model).session.programs for b in p.bindings for site in b.sites}
     assert names == set(rows)

@@ -11,11 +11,10 @@ import torch
 import smoothcache_fx as smoothcache
 from helpers.capture import Stack, inputs
 from helpers.cases import randomize
-from helpers.oracle import Oracle
+from helpers.oracle import ModuleCall, Oracle
 from pipelines.build import CASES, run
 from smoothcache_fx import CompiledError, Schedule, ScheduleError, SmoothCacheError
 from smoothcache_fx.reports.compare import psnr, relative_l2
-from test_backend import Branch
 
 STEPS = 6
 ROW = [1, 0, 0, 1, 0, 1]
@@ -52,7 +51,7 @@ def test_the_figures(model):
     names = [f"blocks.{index}.{branch}" for index in range(2) for branch in ("attn", "mlp")]
     rows = dict.fromkeys(names, ROW)
     reference, outputs = randomize(Stack(2), 0).eval(), []
-    with Oracle(reference, {name: Branch(name) for name in names}, rows) as oracle:
+    with Oracle(reference, {name: ModuleCall(name) for name in names}, rows) as oracle:
         calls = iter(range(STEPS))
 
         def cached(*arguments):

@@ -15,13 +15,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import smoothcache_fx as smoothcache
 from helpers.capture import Stack, inputs
 from helpers.cases import randomize
-from helpers.oracle import Oracle
+from helpers.oracle import ModuleCall, Oracle
 from helpers.tolerances import COMPILED, assert_close
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture.cuda_graphs import may_run_twice, owned, recorded_at_once
 from smoothcache_fx.compiled.forward import compiled_forward
 from smoothcache_fx.passes.mutation import read_and_written
-from test_backend import Branch
 
 ROWS = {"attn": [1, 0, 1, 0], "ffn": [1, 1, 0, 0]}
 
@@ -203,7 +202,7 @@ def follow(device: str, mode: str, calls_per_step: int, sizes: Sequence[tuple[in
     options = {"dynamic": True} if len(set(sizes)) > 1 else {}
     smoothcache.compile(model, Schedule(4, NAMED_ROWS), mode=mode, calls_per_step=calls_per_step, **options)
     kept, expected = [], []
-    with Oracle(reference, {name: Branch(name) for name in NAMES}, NAMED_ROWS) as oracle, torch.no_grad():
+    with Oracle(reference, {name: ModuleCall(name) for name in NAMES}, NAMED_ROWS) as oracle, torch.no_grad():
         for size in sizes:
             for step, stream in itertools.product(range(4), range(calls_per_step)):
                 x, c = (tensor.to(device) for tensor in inputs(*size))

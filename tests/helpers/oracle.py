@@ -29,6 +29,13 @@ class BranchLike(Protocol):
     def call(self) -> int: ...
 
 
+class ModuleCall:
+    """Where the oracle finds a site: a module and which of its calls."""
+
+    def __init__(self, module: str, call: int = 0) -> None:
+        self.module, self.call = module, call
+
+
 class Oracle:
     """Caches the outputs of submodules while it is open: ``with Oracle(...) as oracle``.
 

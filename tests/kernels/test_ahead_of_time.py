@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from helpers.aot import CAPABILITIES, Recorder, compile_launch, record, triton
+from helpers.aot import CAPABILITIES, Hopper, Recorder, compile_launch, record, triton
 from smoothcache_fx.kernels._norms import WIDEST
 from smoothcache_fx.kernels._triton import INTERPRETED
 from smoothcache_fx.kernels.relative_l1 import LAGS_PER_LAUNCH
@@ -69,19 +69,6 @@ def check_128_bits(op: str, recorder: Recorder, capability: int, *dtypes: torch.
     assert "fma.rn.f32" not in artefact.ptx and ".ftz" not in artefact.ptx, "not the arithmetic of the reference"
     if len({dtype for dtype in dtypes[:2]}) == 1:
         assert not artefact.uses_shared_memory
-
-
-class Hopper:
-    """A driver for a GPU that is not there, for Triton's launcher: it compiles, and nothing is run."""
-
-    def get_current_target(self):
-        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @pytest.mark.parametrize("gate", [(2, 1, 1152), None], ids=str)

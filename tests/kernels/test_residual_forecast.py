@@ -346,9 +346,7 @@ def test_ahead_of_time_samples_have_64_bit_bases():
 @pytest.mark.parametrize("gate", [(2, 1, 1152), None], ids=str)
 def test_ahead_of_time_this_is_what_a_launch_compiles(gate, monkeypatch):
     """Triton's own launcher, up to the launch, compiles the same code, and but once for all sites' coefficients."""
-    from test_ahead_of_time import Hopper, triton
-
-    from helpers.aot import compile_launch
+    from helpers.aot import Hopper, compile_launch, triton
 
     x, gates, storage = torch.empty(DIT, dtype=BFLOAT16), None if gate is None else torch.empty(gate), torch.empty(6)
     recorders = [launch(x, gates, torch.empty(DIT), 2, storage[start : start + 2]) for start in (0, 2)]
