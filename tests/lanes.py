@@ -20,7 +20,10 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_without_a_gpu_they_fail",
     ),
     "kernels/test_interpreter.py": ("test_the_kernels_pass_the_same_tests",),
-    "passes/test_fuse.py": ("test_trajectories_are_the_oracles",),
+    "passes/test_fuse.py": (
+        "test_trajectories_are_the_oracles",
+        "test_under_inductor_runs_alone_become_kernels",
+    ),
     "passes/test_fuse_norms.py": ("test_norms_as_models_have_them",),
     "passes/test_group.py": (
         "test_variants_that_compute_some",
@@ -64,6 +67,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_the_best_of_a_budget",
     ),
     "test_cli.py": (
+        "test_calibrate_schedule_plot_and_compare",
         "test_optimal_schedules",
         "test_the_self_test",
         "test_explain_a_class_of_diffusers_without_weights",
@@ -97,6 +101,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_pab_decides_and_reuses_as_diffusers_hooks_do",
     ),
     "test_inputs.py": (
+        "test_a_timestep_that_is_a_float_costs_the_cache_and_the_report_says_so",
         "test_what_changes_with_each_step_and_shapes_nothing_keeps_the_cache",
         "test_batch_and_resolution_change_between_trajectories",
         "test_autocast",
@@ -143,6 +148,8 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_types.py": ("test_types",),
     "test_whole.py": (
+        "test_one_graph_its_work_and_what_is_said_of_it",
+        "test_an_adapter_that_is_put_on_later_is_run",
         "test_the_trajectory_is_the_oracles",
         "test_all_compute_is_the_plain_model_bit_for_bit",
         "test_what_cannot_be_kept_whole_is_computed_at_every_step",
@@ -150,7 +157,10 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_autocast_later_on",
         "test_where_the_broken_module_cannot_be_kept_whole_the_one_around_it_can",
     ),
-    "test_zoo.py": ("test_every_class_on_every_backend",),
+    "test_zoo.py": (
+        "test_every_class_on_every_backend",
+        "test_a_class_that_the_zoo_does_not_know_is_tried_by_guess",
+    ),
     "passes/test_sites.py": ("test_the_same_sites_are_found_in_inductors_graph",),
     "test_bench_gpu.py": ("test_flux_at_a_small_size",),
     "test_explain.py": (
@@ -158,10 +168,13 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_explain_runs_inside_of_accelerates_hooks",
     ),
     "pipelines/test_features.py": (
+        "test_calibration_changes_nothing_and_measures_the_branches",
         "test_choose_on_a_pipeline",
         "test_explain_and_dump_of_two_denoisers",
     ),
     "test_eager_work.py": ("test_attention_that_ran_in_no_graph_becomes_a_site",),
+    "pipelines/test_threads.py": ("test_first_calls_at_once_are_one_capture",),
+    "pipelines/test_schedulers.py": ("test_guidance_that_is_switched_on_and_off",),
 }
 
 #: Files whose other tests take more than some ten seconds: in the default lane, and not in the quick one.
