@@ -197,6 +197,7 @@ NOT_QUICK = frozenset(
         "test_compiler.py",
         "test_cuda_graphs.py",
         "test_inputs.py",
+        "test_optimal.py",
         "test_orders.py",
         "test_package.py",
         "test_properties.py",
