@@ -214,6 +214,29 @@ def test_what_is_not_finite_is_noticed(small, bench):
         small.add("torch.compile", "plain", "default", lambda: bench.Peer(broken))
 
 
+@pytest.mark.parametrize(("kind", "refused"), [("peer", True), ("smoothcache", False)])
+def test_later_trajectories_must_be_the_first(small, bench, kind, refused):
+    """A cache that is not reset between trajectories skips what it has computed before, and looks fast."""
+    calls = []
+
+    def forgetful(*arguments: object, **more: object) -> tuple[torch.Tensor, ...]:
+        calls.append(1)
+        outputs = small.model(*arguments, **more)
+        return tuple(1.5 * output if len(calls) > small.sampler.steps else output for output in outputs)
+
+    small.limit = bench.ROUNDING
+    entry = small.add("forgetful", kind, "eager", lambda: bench.Peer(forgetful))
+    if refused:
+        small.check_last(entry)
+        assert entry.peer is None and "a later trajectory differs from the first by 0.5" in entry.refused
+    else:
+        with pytest.raises(bench.VerificationError, match="forgetful: a later trajectory differs"):
+            small.check_last(entry)
+    plain = small.add("plain", "peer", "eager", lambda: bench.Peer(small.model))
+    small.check_last(plain)
+    assert plain.peer is not None
+
+
 def test_a_peer_that_refuses_is_told_with_its_reason(small, bench, script, monkeypatch):
     def no_package(task: object) -> object:
         raise ModuleNotFoundError("No module named 'that_cache'")

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 import smoothcache_fx as smoothcache
 from helpers.capture import Stack
 from helpers.cases import randomize
+from pipelines.build import dit
 from zoo.case import timestep
 
 #: The inner compiler is not what they are about, and would take minutes.
@@ -35,21 +35,6 @@ def sample(model: nn.Module, seed: int = 0) -> Tensor:
     for step in range(50):
         x = x - model(x, torch.full((2,), 1 - step / 50)) / 50
     return x
-
-
-def pipeline() -> Any:
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        num_layers=1,
-        sample_size=8,
-        num_embeds_ada_norm=1000,
-    )
-    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
-    pipe = diffusers.DiTPipeline(randomize(transformer, 0).eval(), vae.eval(), diffusers.DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def public() -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -92,7 +77,7 @@ def test_it_runs(name, tmp_path, monkeypatch):
     if "calibration" in text and "calibration =" not in text:
         names["calibration"] = smoothcache.calibrate(model, sample, steps=50, progress=False)
     if "pipe" in text:
-        names["pipe"] = pipeline()
+        names["pipe"] = dit()
     test = doctest.DocTestParser().get_doctest(text, names, name, None, 0)
     runnable = [example for example in test.examples if doctest.SKIP not in example.options]
     assert runnable or name == "importers.learning_to_cache", "that one needs a file of the authors'"

@@ -25,6 +25,7 @@ from .optimal import predicted_error
 from .planner import optimal_rows, warn_if_behind
 from .site_errors import SiteErrors
 from .statistics import Moments, combine, half_width
+from .table import aligned, table_of
 
 __all__ = ["Calibration", "SiteErrors"]
 
@@ -350,31 +351,11 @@ class Calibration:
 
     def lines(self) -> list[list[str]]:
         """What is printed, cell by cell: a title, a heading, a line per group, and a note."""
-        counts = [int(n) for site in self.sites for n in site.count[0, 1:]] or [0]
-        seen = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-        title = (
-            f"{self.steps} steps, {len(self.sites)} sites, {seen} observations of each site at each step, "
-            f"history {self.history_bytes / 2**20:.1f} MiB"
-        )
-        table = [[title], ["group", "kind", "sites", "FLOPs", *(f"lag {lag}" for lag in range(1, self.lags + 1))]]
-        total = sum(site.flops for site in self.sites) or 1.0
-        for group, sites in self.groups.items():
-            share = sum(site.flops for site in sites) / total
-            kinds = "/".join(dict.fromkeys(site.kind for site in sites))
-            cells = map(_median, self.error(group), self.interval(group))
-            table.append([group, kinds, str(len(sites)), f"{share:.1%}", *cells])
-        return [*table, ["(error: median over the steps, with the mean's 95% interval there)"]]
+        return table_of(self)
 
     def __str__(self) -> str:
         """A table of the groups, with the median over the steps of each lag's error, and its 95% interval."""
-        title, *table, note = self.lines()
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        aligns = "<<" + ">" * (len(widths) - 2)
-        lines = []
-        for row in table:
-            cells = zip(row, aligns, widths, strict=True)
-            lines.append("  ".join(f"{cell:{align}{width}}" for cell, align, width in cells))
-        return "\n".join([*title, *lines, *note])
+        return aligned(self.lines())
 
     def _repr_html_(self) -> str:
         return calibration_html(self)
@@ -389,13 +370,3 @@ class Calibration:
     def _flops(self) -> dict[str, float] | None:
         flops = {group: sum(site.flops for site in sites) for group, sites in self.groups.items()}
         return flops if any(flops.values()) else None
-
-
-def _median(error: NDArray[np.float64], interval: NDArray[np.float64]) -> str:
-    """The (upper) median of one lag's errors and the interval at that step."""
-    known = np.flatnonzero(np.isfinite(error))
-    if not known.size:
-        return "-"
-    step = known[np.argsort(error[known], kind="stable")[known.size // 2]]
-    spread = "" if np.isnan(interval[step]) else f" ±{interval[step]:.4f}"
-    return f"{error[step]:.4f}{spread}"
