@@ -17,7 +17,7 @@ from smoothcache_fx import Schedule
 from smoothcache_fx.capture import _torch
 from smoothcache_fx.capture.inner import inner_compiler
 from smoothcache_fx.capture.session import Session
-from smoothcache_fx.passes import find_sites
+from smoothcache_fx.passes.sites import find_sites
 from smoothcache_fx.runtime.calls import ModelCall
 from smoothcache_fx.runtime.clock import Clock
 

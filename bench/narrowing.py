@@ -22,7 +22,9 @@ from smoothcache_fx.capture import _torch
 from smoothcache_fx.capture.inner import inner_compiler
 from smoothcache_fx.capture.session import Session
 from smoothcache_fx.graphs.tables import format_table
-from smoothcache_fx.passes import count_flops, narrow, specialize
+from smoothcache_fx.passes.flops import count_flops
+from smoothcache_fx.passes.narrow import narrow
+from smoothcache_fx.passes.specialize import specialize
 from smoothcache_fx.runtime.calls import ModelCall
 from smoothcache_fx.runtime.clock import Clock
 

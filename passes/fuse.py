@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..kernels import residual_accumulate, residual_forecast, residual_load, residual_store  # noqa: F401 - registers
+from .. import kernels  # noqa: F401 - registers the ops
 from ..kernels.operands import DTYPES
 from .counting import count
 from .facts import aten, is_product, packet, prims, same_sizes, tensor_value

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..kernels import residual_accumulate_norm, residual_norm  # noqa: F401 - registers the ops
+from .. import kernels  # noqa: F401 - registers the ops
 from ..kernels._norms import WIDEST
 from ..kernels.operands import DTYPES
 from .counting import count

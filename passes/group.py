@@ -28,7 +28,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from ..kernels import grouped_linear  # noqa: F401 - registers the op
+from .. import kernels  # noqa: F401 - registers the ops
 from ..kernels.operands import DTYPES
 from .counting import count
 from .facts import aten, packet, prims, tensor_value

@@ -21,7 +21,7 @@ import logging
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..kernels import matmul_store  # noqa: F401 - registers the op
+from .. import kernels  # noqa: F401 - registers the ops
 from .counting import count
 from .facts import aten, packet, tensor_value
 from .flops import concrete

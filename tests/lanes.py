@@ -180,11 +180,14 @@ SLOW: dict[str, tuple[str, ...]] = {
 #: Files whose other tests take more than some ten seconds: in the default lane, and not in the quick one.
 NOT_QUICK = frozenset(
     (
+        "demo/test_demo_model.py",
         "kernels/test_ahead_of_time.py",
+        "kernels/test_without_triton.py",
         "passes/test_fuse.py",
         "passes/test_group.py",
         "passes/test_runs.py",
         "passes/test_sites.py",
+        "passes/test_store_products.py",
         "pipelines/test_features.py",
         "pipelines/test_runs.py",
         "pipelines/test_schedulers.py",
@@ -196,6 +199,10 @@ NOT_QUICK = frozenset(
         "test_comparison.py",
         "test_compiler.py",
         "test_cuda_graphs.py",
+        "test_docstrings.py",
+        "test_eager_work.py",
+        "test_first_calls.py",
+        "test_first_recipe.py",
         "test_inputs.py",
         "test_optimal.py",
         "test_orders.py",

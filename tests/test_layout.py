@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,3 +135,17 @@ def test_no_circle_between_modules():
     for module in sorted(graph):
         if not module.endswith("__init__"):
             visit(module, ())
+
+
+def test_no_module_is_hidden_by_a_name_of_its_package():
+    """``passes.narrow`` is the file; its function is imported from there."""
+    inner = {name.rpartition(".")[0] for name, _ in modules()} - {PACKAGE}
+    for package in sorted(inner):
+        importlib.import_module(package)
+    hidden = [
+        name
+        for name, _ in modules()
+        if name in sys.modules and not name.endswith("__init__") and name.count(".") > 1
+        if getattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2]) is not sys.modules[name]
+    ]
+    assert not hidden, hidden

@@ -21,11 +21,12 @@ from helpers.tolerances import SUMS, Tolerance, assert_as_exact, assert_close, a
 from smoothcache_fx import Schedule, ScheduleError
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.demo.weights import load_model
-from smoothcache_fx.passes import check_graph, count_flops, insert_guards, run_guarded, specialize
+from smoothcache_fx.passes.flops import count_flops
 from smoothcache_fx.passes.forecast import FORECAST
-from smoothcache_fx.passes.guard import guard
+from smoothcache_fx.passes.guard import guard, insert_guards, run_guarded
 from smoothcache_fx.passes.rewriting import placeholders
-from smoothcache_fx.passes.specialize import variant_inputs
+from smoothcache_fx.passes.specialize import specialize, variant_inputs
+from smoothcache_fx.passes.verify import check_graph
 from smoothcache_fx.schedules.coefficients import difference_coefficients, forecast_coefficients
 
 STEPS = 10

@@ -130,7 +130,7 @@ def test_the_folder_of_kernels_may_be_imported_by_its_bare_name():
     """transformers does so where Python starts in the repository's root, as with ``python -m pytest``."""
     script = """
 import smoothcache_fx.kernels, torch
-ours = smoothcache_fx.kernels.residual_store
+ours = smoothcache_fx.kernels.residual_store.residual_store
 import kernels
 assert kernels is not smoothcache_fx.kernels and torch.ops.smoothcache.residual_store.default is ours._opoverload
 print(kernels.__file__)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from common import ROUNDING, Case, Shape, main
 
-from smoothcache_fx.kernels import grouped_linear
-from smoothcache_fx.kernels.grouped_linear import grouped_linear_reference
+from smoothcache_fx.kernels.grouped_linear import grouped_linear, grouped_linear_reference
 
 MEMBERS = 28
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from common import Case, Shape, main
 
-from smoothcache_fx.kernels import relative_l1
-from smoothcache_fx.kernels.relative_l1 import relative_l1_reference
+from smoothcache_fx.kernels.relative_l1 import relative_l1, relative_l1_reference
 
 LAGS = 3
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from common import Case, Shape, main
 
-from smoothcache_fx.kernels import residual_accumulate
-from smoothcache_fx.kernels.residual_accumulate import residual_accumulate_reference
+from smoothcache_fx.kernels.residual_accumulate import residual_accumulate, residual_accumulate_reference
 
 TERMS = 56
 

@@ -12,8 +12,7 @@ from common import Case, Shape, main
 from residual_accumulate import TERMS
 from residual_norm import EPS, TOLERANCES
 
-from smoothcache_fx.kernels import residual_accumulate_norm
-from smoothcache_fx.kernels.residual_accumulate_norm import residual_accumulate_norm_reference
+from smoothcache_fx.kernels.residual_accumulate_norm import residual_accumulate_norm, residual_accumulate_norm_reference
 
 
 def expression(

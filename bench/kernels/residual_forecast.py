@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from common import Case, Shape, main
 
-from smoothcache_fx.kernels import residual_forecast
-from smoothcache_fx.kernels.residual_forecast import residual_forecast_reference
+from smoothcache_fx.kernels.residual_forecast import residual_forecast, residual_forecast_reference
 
 #: Of a parabola through three neighbouring steps, at the next one.
 WEIGHTS = (3.0, -3.0, 1.0)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from common import Case, Shape, main
 
-from smoothcache_fx.kernels import residual_load
-from smoothcache_fx.kernels.residual_load import residual_load_reference
+from smoothcache_fx.kernels.residual_load import residual_load, residual_load_reference
 
 
 def expression(x: torch.Tensor, gate: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from common import Case, Shape, main
 
-from smoothcache_fx.kernels import residual_norm
-from smoothcache_fx.kernels.residual_norm import residual_norm_reference
+from smoothcache_fx.kernels.residual_norm import residual_norm, residual_norm_reference
 
 EPS = 1e-6
 #: Rows are summed in another order than the reference's, so that a rounding may fall the other way.

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from common import Case, Shape, main
 
-from smoothcache_fx.kernels import residual_store
-from smoothcache_fx.kernels.residual_store import residual_store_reference
+from smoothcache_fx.kernels.residual_store import residual_store, residual_store_reference
 
 
 def expression(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from ..graphs.drawing import as_dot, draw
 from ..graphs.python_code import CONSTANTS, as_python, constants_of, notes
-from ..passes import count_flops
+from ..passes.flops import count_flops
 from ..runtime.variant import Mask
 from . import _inductor
 from .program import Program

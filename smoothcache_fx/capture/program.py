@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..passes import container_of, work_outside
+from ..passes.cuts import container_of, work_outside
 from ..passes.names import WEIGHT, common_module, drop_components, group_of, unique_names
 from ..passes.rewriting import placeholders
 from ..runtime.binding import Binding

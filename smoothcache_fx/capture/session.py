@@ -13,7 +13,8 @@ import torch
 from torch.fx import GraphModule
 
 from ..errors import ScheduleError
-from ..passes import container_of, replace_writes
+from ..passes.cuts import container_of
+from ..passes.replace_writes import replace_writes
 from ..runtime.binding import Binding
 from ..runtime.caches import CacheKeeper
 from ..runtime.calls import CurrentCall, ModelCall, StepClock

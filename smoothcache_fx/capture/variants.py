@@ -12,23 +12,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..graphs.python_code import as_python, notes
-from ..passes import (
-    Site,
-    check_graph,
-    count_flops,
-    find_sites_and_rejections,
-    insert_guards,
-    lowering_for,
-    simplify,
-    specialize,
-)
 from ..passes.facts import tensor_value
+from ..passes.flops import count_flops
 from ..passes.forecast import holds_differences
-from ..passes.guard import CACHE, SITE, SLOT
+from ..passes.guard import CACHE, SITE, SLOT, insert_guards
+from ..passes.lowering import lowering_for
 from ..passes.pipeline import Target, run_pass, run_passes
 from ..passes.rewriting import copy_graph, placeholders, with_graph
-from ..passes.sites import output_bytes
-from ..passes.specialize import variant_inputs
+from ..passes.simplify import simplify
+from ..passes.sites import Site, find_sites_and_rejections, output_bytes
+from ..passes.specialize import specialize, variant_inputs
+from ..passes.verify import check_graph
 from ..runtime.variant import Mask, Variant
 from . import _inductor, _torch
 from .inner import CompileVariant, InnerCompiler

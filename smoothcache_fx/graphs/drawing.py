@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch.fx import GraphModule, Node
 
-from ..passes import Site, guard
 from ..passes.facts import module_path
-from ..passes.guard import CACHE, DECISION, SITE
+from ..passes.guard import CACHE, DECISION, SITE, guard
 from ..passes.names import WEIGHT
+from ..passes.sites import Site
 from .html import COLOURS
 
 #: How long a module's path may be, in components, for a box of its own.

@@ -16,9 +16,9 @@ from ..capture.inner import inner_compiler
 from ..capture.session import Capture, Session
 from ..capture.variants import GraphBuilder
 from ..errors import CalibrationError
-from ..kernels import relative_l1
-from ..passes import observe
+from ..kernels.relative_l1 import relative_l1
 from ..passes.forecast import forecast
+from ..passes.observe import observe
 from ..runtime.binding import Binding
 from ..runtime.calls import ModelCall, Moment, StepClock
 from ..runtime.variant import Mask, SiteInfo, Variant

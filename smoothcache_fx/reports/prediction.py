@@ -9,7 +9,9 @@ from os import PathLike
 from ..capture.program import Program
 from ..capture.session import plan_sites
 from ..graphs.tables import format_bytes
-from ..passes import count_bytes, count_flops, narrow
+from ..passes.flops import count_flops
+from ..passes.narrow import narrow
+from ..passes.traffic import count_bytes
 from ..plots import plot_costs
 from ..runtime.variant import Mask
 from ..schedules.schedule import Schedule

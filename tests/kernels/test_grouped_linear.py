@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
 from helpers.operands import DEVICE, DTYPES, INTERPRETED, filled_with_nan, randn
-from smoothcache_fx.kernels import grouped_linear
+from smoothcache_fx.kernels.grouped_linear import grouped_linear
 
 #: Triton's interpreter multiplies bfloat16 matrices as if their bits were whole numbers.
 SOME_DTYPES = [dtype for dtype in DTYPES if not (INTERPRETED and dtype == torch.bfloat16)]

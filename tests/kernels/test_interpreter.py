@@ -14,20 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from smoothcache_fx import kernels
 from smoothcache_fx.kernels import _triton
 
 HERE = Path(__file__).parent
 X = torch.zeros(2, 8)
+ops = torch.ops.smoothcache
 CALLS = {
-    "grouped_linear": lambda: kernels.grouped_linear([X], [X], [None]),
-    "residual_store": lambda: kernels.residual_store(X, None, X, torch.empty_like(X)),
-    "residual_load": lambda: kernels.residual_load(X, None, X),
-    "residual_accumulate": lambda: kernels.residual_accumulate(X, [None], [X]),
-    "residual_accumulate_norm": lambda: kernels.residual_accumulate_norm(X, [None], [X], *[None] * 5, 1e-6),
-    "residual_forecast": lambda: kernels.residual_forecast(X, None, [X, X], torch.ones(2)),
-    "residual_norm": lambda: kernels.residual_norm(X, None, X, None, None, None, None, None, 1e-6),
-    "relative_l1": lambda: kernels.relative_l1(X, [X]),
+    "grouped_linear": lambda: ops.grouped_linear([X], [X], [None]),
+    "residual_store": lambda: ops.residual_store(X, None, X, torch.empty_like(X)),
+    "residual_load": lambda: ops.residual_load(X, None, X),
+    "residual_accumulate": lambda: ops.residual_accumulate(X, [None], [X]),
+    "residual_accumulate_norm": lambda: ops.residual_accumulate_norm(X, [None], [X], *[None] * 5, 1e-6),
+    "residual_forecast": lambda: ops.residual_forecast(X, None, [X, X], torch.ones(2)),
+    "residual_norm": lambda: ops.residual_norm(X, None, X, None, None, None, None, None, 1e-6),
+    "relative_l1": lambda: ops.relative_l1(X, [X]),
 }
 
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from helpers.operands import DEVICE, DTYPES, randn, shapes, tensors
 from helpers.tolerances import SUMS, assert_close
-from smoothcache_fx.kernels import relative_l1
-from smoothcache_fx.kernels.relative_l1 import LAGS_PER_LAUNCH
+from smoothcache_fx.kernels.relative_l1 import LAGS_PER_LAUNCH, relative_l1
 
 
 def exact(fresh: torch.Tensor, earlier: list[torch.Tensor]) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import operator
 from typing import Any
 
@@ -27,8 +26,9 @@ from helpers.operands import (
     shapes,
     tensors,
 )
-from smoothcache_fx.kernels import residual_accumulate, residual_load
-from smoothcache_fx.kernels.residual_accumulate import UNROLLED, Run, launches_of
+from smoothcache_fx.kernels import _runs
+from smoothcache_fx.kernels.residual_accumulate import UNROLLED, Run, launches_of, residual_accumulate
+from smoothcache_fx.kernels.residual_load import residual_load
 
 
 def reduced(values: list[Tensor], coefficients: Tensor | None) -> Tensor:
@@ -152,11 +152,11 @@ def sizes(x: Tensor, run: Run) -> list[int]:
 
 def test_what_holds_for_one_tensor_is_asked_once(monkeypatch):
     """The host's time before a launch: whatever the number of terms, as many checks as there are kinds of tensors."""
-    module, checked = importlib.import_module("smoothcache_fx.kernels._runs"), []
+    checked = []
     for name in ("check_value", "check_broadcast"):
-        original = getattr(module, name)
+        original = getattr(_runs, name)
         monkeypatch.setattr(
-            module,
+            _runs,
             name,
             lambda op, x, one, *rest, original=original: (checked.append(one), original(op, x, one, *rest)),
         )

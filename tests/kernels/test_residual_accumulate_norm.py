@@ -19,8 +19,9 @@ from helpers.operands import (
     randn,
     tensors,
 )
-from smoothcache_fx.kernels import residual_accumulate, residual_accumulate_norm
 from smoothcache_fx.kernels._norms import WIDEST
+from smoothcache_fx.kernels.residual_accumulate import residual_accumulate
+from smoothcache_fx.kernels.residual_accumulate_norm import residual_accumulate_norm
 
 EPS = 1e-5
 

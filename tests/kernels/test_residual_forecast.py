@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 
 import pytest
@@ -24,8 +23,10 @@ from helpers.operands import (
     shapes,
     tensors,
 )
-from smoothcache_fx.kernels import residual_forecast, residual_load
+from smoothcache_fx.kernels import residual_forecast as module
 from smoothcache_fx.kernels._triton import INTERPRETED
+from smoothcache_fx.kernels.residual_forecast import residual_forecast
+from smoothcache_fx.kernels.residual_load import residual_load
 from smoothcache_fx.passes.forecast import forecast
 
 #: A line's and a parabola's at a step ahead; 1 and 0 stand for themselves.
@@ -223,7 +224,6 @@ def launch(
     """What the op would launch for these operands; ``older`` stands for all values but the first."""
     from helpers.aot import record
 
-    module = importlib.import_module("smoothcache_fx.kernels.residual_forecast")
     coefficients = meta((count,), FLOAT) if coefficients is None else coefficients
     values = [value, *[value if older is None else older] * (count - 1)]
     return record(module, "residual_forecast_kernel", lambda: module._launch(x, gate, values, coefficients))

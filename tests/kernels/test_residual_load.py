@@ -19,7 +19,8 @@ from helpers.operands import (
     shapes,
     tensors,
 )
-from smoothcache_fx.kernels import residual_load, residual_store
+from smoothcache_fx.kernels.residual_load import residual_load
+from smoothcache_fx.kernels.residual_store import residual_store
 
 
 @settings(max_examples=150)

@@ -22,8 +22,9 @@ from helpers.operands import (
     shapes,
     tensors,
 )
-from smoothcache_fx.kernels import residual_norm, residual_store
 from smoothcache_fx.kernels._norms import WIDEST
+from smoothcache_fx.kernels.residual_norm import residual_norm
+from smoothcache_fx.kernels.residual_store import residual_store
 
 EPS = 1e-5
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,8 +20,9 @@ from helpers.operands import (
     shapes,
     tensors,
 )
-from smoothcache_fx.kernels import residual_store
+from smoothcache_fx.kernels import residual_store as module
 from smoothcache_fx.kernels._triton import INTERPRETED, runs_triton
+from smoothcache_fx.kernels.residual_store import residual_store
 
 
 @settings(max_examples=150)
@@ -158,7 +157,6 @@ def test_inductor_calls_it():
 
 def test_compiled_code_stores_into_the_callers_own_buffer(monkeypatch):
     """No copy of the cache is made and copied back; CUDA graphs rest on this, too."""
-    module = importlib.import_module("smoothcache_fx.kernels.residual_store")
     name = "_launch" if runs_triton(randn(1)) else "residual_store_reference"
     original, addresses = getattr(module, name), []
 

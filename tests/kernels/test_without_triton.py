@@ -9,17 +9,18 @@ SCRIPT = """
 import sys
 sys.modules["triton"] = None  # what an import of it then raises is what a missing package raises
 import torch
-from smoothcache_fx import kernels
-assert kernels._triton.triton is None and not kernels._triton.runs_triton(torch.zeros(1))
+from smoothcache_fx.kernels import _triton
+ops = torch.ops.smoothcache
+assert _triton.triton is None and not _triton.runs_triton(torch.zeros(1))
 x, y, cache = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.zeros(2, 5, 8)
-out = kernels.residual_store(x, None, y, cache)
+out = ops.residual_store(x, None, y, cache)
 assert torch.equal(out, x + y) and torch.equal(cache, y)
-assert torch.equal(kernels.residual_load(x, None, cache), out)
-assert torch.equal(kernels.residual_accumulate(x, [None], [cache]), out)
-assert torch.equal(kernels.residual_accumulate_norm(x, [None], [cache], *[None] * 5, 1e-6)[0], out)
-assert torch.equal(kernels.residual_forecast(x, None, [cache, y], torch.tensor([1.0, 0.0])), out)
-assert torch.equal(kernels.residual_norm(x, None, y, None, None, None, None, None, 1e-6)[0], out)
-assert kernels.relative_l1(x, [y]).shape == (2,)
+assert torch.equal(ops.residual_load(x, None, cache), out)
+assert torch.equal(ops.residual_accumulate(x, [None], [cache]), out)
+assert torch.equal(ops.residual_accumulate_norm(x, [None], [cache], *[None] * 5, 1e-6)[0], out)
+assert torch.equal(ops.residual_forecast(x, None, [cache, y], torch.tensor([1.0, 0.0])), out)
+assert torch.equal(ops.residual_norm(x, None, y, None, None, None, None, None, 1e-6)[0], out)
+assert ops.relative_l1(x, [y]).shape == (2,)
 """
 
 

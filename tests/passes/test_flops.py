@@ -10,7 +10,7 @@ from torch.fx import Graph
 from torch.utils.flop_counter import flop_registry
 
 from smoothcache_fx.capture.eager_work import flop_counter
-from smoothcache_fx.passes import count_flops
+from smoothcache_fx.passes.flops import count_flops
 from smoothcache_fx.passes.names import WEIGHT
 
 aten = torch.ops.aten

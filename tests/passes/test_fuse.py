@@ -20,10 +20,15 @@ from helpers.structures import AddcmulBlock
 from helpers.tolerances import FUSED_KERNELS, SAME_KERNELS, assert_as_exact, assert_trajectories_close
 from smoothcache_fx.capture import variants as build
 from smoothcache_fx.capture.variants import GraphBuilder
-from smoothcache_fx.passes import Lowering, check_graph, fuse, insert_guards, lowering_for, pipeline, specialize
+from smoothcache_fx.passes import pipeline
 from smoothcache_fx.passes.facts import packet
 from smoothcache_fx.passes.forecast import FORECAST
+from smoothcache_fx.passes.fuse import fuse
+from smoothcache_fx.passes.guard import insert_guards
+from smoothcache_fx.passes.lowering import Lowering, lowering_for
 from smoothcache_fx.passes.rewriting import placeholders
+from smoothcache_fx.passes.specialize import specialize
+from smoothcache_fx.passes.verify import check_graph
 
 ops = torch.ops.smoothcache
 #: As on CUDA under a compiler that does not fuse, and under Inductor.

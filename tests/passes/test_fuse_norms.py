@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from helpers.capture import Attention, Stack, capture, inputs
 from helpers.cases import randomize
 from smoothcache_fx.capture.variants import GraphBuilder
-from smoothcache_fx.passes import check_graph, fuse, fuse_norms, insert_guards, lowering_for, specialize
 from smoothcache_fx.passes.facts import aten, packet, through_views
-from smoothcache_fx.passes.guard import CACHE
+from smoothcache_fx.passes.fuse import fuse
+from smoothcache_fx.passes.fuse_norms import fuse_norms
+from smoothcache_fx.passes.guard import CACHE, insert_guards
+from smoothcache_fx.passes.lowering import lowering_for
 from smoothcache_fx.passes.rewriting import placeholders
+from smoothcache_fx.passes.specialize import specialize
+from smoothcache_fx.passes.verify import check_graph
 
 norm_op = torch.ops.smoothcache.residual_norm
 run_op = torch.ops.smoothcache.residual_accumulate

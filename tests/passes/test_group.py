@@ -23,20 +23,17 @@ from helpers.oracle import Oracle
 from helpers.tolerances import FUSED_KERNELS, REORDERED, Tolerance, assert_close, assert_trajectories_close
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture import variants as build
-from smoothcache_fx.passes import (
-    check_graph,
-    count_flops,
-    fuse,
-    group_linears,
-    lowering_for,
-    merge_equal,
-    narrow,
-    specialize,
-)
 from smoothcache_fx.passes.facts import aten, packet
-from smoothcache_fx.passes.group import LEAST_MEMBERS, MOST_ROWS
+from smoothcache_fx.passes.flops import count_flops
+from smoothcache_fx.passes.fuse import fuse
+from smoothcache_fx.passes.group import LEAST_MEMBERS, MOST_ROWS, group_linears
+from smoothcache_fx.passes.lowering import lowering_for
+from smoothcache_fx.passes.merge_equal import merge_equal
 from smoothcache_fx.passes.names import WEIGHT
+from smoothcache_fx.passes.narrow import narrow
 from smoothcache_fx.passes.rewriting import placeholders
+from smoothcache_fx.passes.specialize import specialize
+from smoothcache_fx.passes.verify import check_graph
 
 grouped = torch.ops.smoothcache.grouped_linear
 DEPTH = 4

@@ -9,11 +9,11 @@ import torch
 
 from helpers.capture import Block, Stack, capture, inputs
 from helpers.models import CASES
-from smoothcache_fx.passes import count_flops, insert_guards, run_guarded, specialize
 from smoothcache_fx.passes.facts import MATMULS, is_attention_op, packet
-from smoothcache_fx.passes.guard import CACHE, guards
+from smoothcache_fx.passes.flops import count_flops
+from smoothcache_fx.passes.guard import CACHE, guards, insert_guards, run_guarded
 from smoothcache_fx.passes.rewriting import placeholders
-from smoothcache_fx.passes.specialize import variant_inputs
+from smoothcache_fx.passes.specialize import specialize, variant_inputs
 
 
 @pytest.fixture(scope="module")

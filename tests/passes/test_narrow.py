@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from helpers.capture import Block, capture, inputs
 from helpers.models import CASES
 from helpers.tolerances import REORDERED, assert_close
-from smoothcache_fx.passes import check_graph, count_flops, narrow, specialize
 from smoothcache_fx.passes.facts import MATMULS, packet
+from smoothcache_fx.passes.flops import count_flops
+from smoothcache_fx.passes.narrow import narrow
 from smoothcache_fx.passes.rewriting import placeholders
+from smoothcache_fx.passes.specialize import specialize
+from smoothcache_fx.passes.verify import check_graph
 
 BATCH, WIDTH = 2, 16
 

@@ -14,7 +14,8 @@ import smoothcache_fx as smoothcache
 from helpers.capture import Stack, inputs
 from helpers.cases import randomize
 from smoothcache_fx import Schedule
-from smoothcache_fx.passes import Lowering, pipeline
+from smoothcache_fx.passes import pipeline
+from smoothcache_fx.passes.lowering import Lowering
 from smoothcache_fx.passes.pipeline import PASSES, Pass, Target
 
 ALL = Lowering(singles=True, runs=True, norms=True, groups=True)

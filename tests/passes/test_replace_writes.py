@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smoothcache_fx.passes import replace_writes
+from smoothcache_fx.passes.replace_writes import replace_writes
 
 
 def captured(step, *given):

@@ -11,11 +11,14 @@ from helpers.cases import Case
 from helpers.models import CASES
 from helpers.tolerances import FUSED_KERNELS, assert_as_exact, excess
 from smoothcache_fx.capture.variants import GraphBuilder
-from smoothcache_fx.passes import check_graph, fuse, insert_guards, lowering_for, specialize
 from smoothcache_fx.passes.facts import aten, is_product, is_view_or_cast, packet
 from smoothcache_fx.passes.forecast import FORECAST
-from smoothcache_fx.passes.guard import CACHE
+from smoothcache_fx.passes.fuse import fuse
+from smoothcache_fx.passes.guard import CACHE, insert_guards
+from smoothcache_fx.passes.lowering import lowering_for
 from smoothcache_fx.passes.rewriting import placeholders
+from smoothcache_fx.passes.specialize import specialize
+from smoothcache_fx.passes.verify import check_graph
 from zoo.catalog import CASES as ZOO
 
 accumulate = torch.ops.smoothcache.residual_accumulate

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from helpers.capture import Stack, capture, inputs
-from smoothcache_fx.passes import simplify
+from smoothcache_fx.passes.simplify import simplify
 
 aten = torch.ops.aten
 

@@ -9,10 +9,9 @@ from torch import nn
 
 from helpers.capture import Attention, Block, Stack, capture, inputs
 from helpers.models import CASES
-from smoothcache_fx.passes import find_sites, find_sites_and_rejections
 from smoothcache_fx.passes.facts import MATMULS, packet
 from smoothcache_fx.passes.names import WEIGHT, common_module, group_of, unique_names
-from smoothcache_fx.passes.sites import only_needed_by
+from smoothcache_fx.passes.sites import find_sites, find_sites_and_rejections, only_needed_by
 
 
 def sites_of(model: nn.Module, *args: torch.Tensor, backend: str = "eager"):

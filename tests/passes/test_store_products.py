@@ -19,11 +19,14 @@ from smoothcache_fx.capture._inductor import code_path
 from smoothcache_fx.capture.cuda_graphs import may_run_twice
 from smoothcache_fx.capture.inner import inner_compiler
 from smoothcache_fx.capture.program import Program
-from smoothcache_fx.passes import check_graph, count_flops, insert_guards, specialize, store_products
 from smoothcache_fx.passes.facts import aten, packet
-from smoothcache_fx.passes.guard import CACHE, guards
+from smoothcache_fx.passes.flops import count_flops
+from smoothcache_fx.passes.guard import CACHE, guards, insert_guards
 from smoothcache_fx.passes.mutation import read_and_written
 from smoothcache_fx.passes.rewriting import placeholders
+from smoothcache_fx.passes.specialize import specialize
+from smoothcache_fx.passes.store_products import store_products
+from smoothcache_fx.passes.verify import check_graph
 
 matmul_store = torch.ops.smoothcache.matmul_store
 

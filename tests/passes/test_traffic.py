@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from helpers.capture import Stack, capture, inputs
-from smoothcache_fx.passes import count_bytes, specialize
+from smoothcache_fx.passes.specialize import specialize
+from smoothcache_fx.passes.traffic import count_bytes
 
 
 class FeedForward(nn.Module):

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from helpers.capture import Stack, capture, inputs
-from smoothcache_fx.passes import GraphError, check_graph, insert_guards, specialize
-from smoothcache_fx.passes.guard import CACHE, guards
+from smoothcache_fx.passes.guard import CACHE, guards, insert_guards
 from smoothcache_fx.passes.rewriting import placeholders
+from smoothcache_fx.passes.specialize import specialize
+from smoothcache_fx.passes.verify import GraphError, check_graph
 
 aten = torch.ops.aten
 
