@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import smoothcache_fx as smoothcache
+from helpers.tolerances import REORDERED, assert_close
 from smoothcache_fx import Calibration, CalibrationError, Schedule
 from smoothcache_fx.calibration.effects import Effects
 from smoothcache_fx.calibration.optimal import joint_plan
@@ -160,7 +161,7 @@ def test_a_followed_schedule_gives_the_compiled_models_trajectory(model, schedul
     compiled = copy.deepcopy(model)
     smoothcache.compile(compiled, schedule, backend="eager")
     # A ring's values are added in the order of their slots, a calibration's newest first.
-    torch.testing.assert_close(seen[0], run(compiled), rtol=1e-5, atol=1e-5 if schedule.order else 0)
+    assert_close(seen[0], run(compiled), REORDERED)
     assert not torch.allclose(seen[0], run(model), rtol=1e-3, atol=1e-3)
 
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.tolerances import DOUBLES, assert_close
 from smoothcache_fx.runtime.binding import Binding
 from smoothcache_fx.runtime.variant import Mask, SiteInfo, Variant, make_plan, picker
 from smoothcache_fx.schedules.coefficients import forecast_coefficients
@@ -100,6 +101,6 @@ def test_rings_hold_what_a_list_of_all_values_says(data):
                     own = forecast_coefficients([at for at, _ in last], step)
                     wanted = sum(coefficient * value for coefficient, (_, value) in zip(own, last, strict=True))
                     actual = given_buffers[info.buffers[0]] if read is None else read
-                    torch.testing.assert_close(float(actual), wanted, rtol=1e-9, atol=1e-9)
+                    assert_close(float(actual), wanted, DOUBLES)
             binding.commit(stream, mask, step)
     assert not stream.heads or set(map(type, stream.heads)) == {int}

@@ -14,6 +14,7 @@ from helpers.capture import Stack
 from helpers.cases import randomize
 from helpers.models import CASES
 from helpers.published_rule import PublishedCalibration, published_scan
+from helpers.tolerances import REORDERED
 from smoothcache_fx import CalibrationError, CompiledError, NoSitesError, Schedule
 
 STEPS = 10
@@ -88,7 +89,7 @@ def test_errors_are_those_of_the_branches_own_outputs(model):
                     for run in (all_runs[i * STEPS : (i + 1) * STEPS] for i in range(len(seeds)))
                 ]
                 expected[lag - 1, step] = np.mean(ratios)
-        np.testing.assert_allclose(calibration.error(group), expected, rtol=1e-5)
+        np.testing.assert_allclose(calibration.error(group), expected, rtol=REORDERED.rtol)
 
 
 @pytest.mark.parametrize("alpha", [0.02, 0.05, 0.1, 0.2, 0.4, 0.8])

@@ -11,6 +11,7 @@ import torch
 import smoothcache_fx as smoothcache
 from helpers.capture import Stack, inputs
 from helpers.cases import randomize
+from helpers.tolerances import EXACT, assert_close
 from smoothcache_fx import CompiledError, Schedule
 
 ROWS = {"attn": [1, 0, 1, 0], "ffn": [1, 0, 0, 0]}
@@ -52,7 +53,7 @@ def test_each_kind_of_step_has_its_time(model):
     with smoothcache.timed(model):
         timed = sample(model, 3)
     for before, after in zip(plain, timed[:4], strict=True):
-        torch.testing.assert_close(after, before, rtol=0, atol=0)
+        assert_close(after, before, EXACT)
     report = smoothcache.report(model)
     assert {time.kind: time.calls for time in report.times} == {"computed": 3, "mixed": 3, "cached": 6}
     medians = {time.kind: time.median for time in report.times}

@@ -15,6 +15,7 @@ from ..errors import CompiledError
 from ..graphs.tables import Printable, format_bytes, format_table
 from ..passes.names import group_of
 from ..plots import plot_costs
+from ..runtime.binding import Binding
 from .timing import KindTime, by_kind, by_step
 
 
@@ -200,7 +201,7 @@ def _report(forward: CompiledForward, prefix: str) -> tuple[Report, int, int]:
     for program in session.programs:
         seconds.extend(variant.seconds for variant in program.dispatcher.variants.values())
         for binding in program.bindings:
-            forced.update(binding.forced)
+            forced.update(_forced(binding))
             cache_bytes += binding.cache_bytes
             done += sum(flops * count for (_, flops), count in binding.calls.items())
             uncached += program.builder.flops * sum(binding.calls.values())
@@ -227,6 +228,16 @@ def _report(forward: CompiledForward, prefix: str) -> tuple[Report, int, int]:
         cache_bytes=cache_bytes,
     )
     return report, uncached, done
+
+
+def _forced(binding: Binding) -> Counter[str]:
+    """Site calls that were computed beyond the plan, by reason and step in words."""
+    return Counter(
+        {
+            reason.value if step < 0 else f"{reason.value}, at step {step}": count
+            for (reason, step), count in binding.forced.items()
+        }
+    )
 
 
 def _count_sites(program: Program, groups: dict[str, GroupReport], seen: Counter[str], prefix: str) -> None:

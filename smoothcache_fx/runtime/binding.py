@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -19,6 +20,14 @@ log = logging.getLogger(__name__)
 MOST_ARGUMENTS = 256
 
 
+class Forced(enum.Enum):
+    """Why a site was computed where the plan says reuse."""
+
+    NO_VALUE = "no value in this trajectory yet"
+    MISSED_STEP = "an earlier step was missed"
+    OTHER_SIZES = "sizes outside of what a variant was compiled for: run uncompiled"
+
+
 class Binding:
     """A program at one place in the model: its names, its plan, its caches."""
 
@@ -29,7 +38,8 @@ class Binding:
         self.streams: dict[Hashable, Stream] = {}
         self.calls: Counter[tuple[Mask, int]] = Counter()
         self.planned: Counter[int] = Counter()
-        self.forced: Counter[str] = Counter()
+        #: Site calls that were computed beyond the plan, by reason and step.
+        self.forced: Counter[tuple[Forced, int]] = Counter()
         self._site_of = {buffer: index for index, site in enumerate(self.sites) for buffer in site.buffers}
         #: By step, by which steps' outputs the caches hold and where.
         self._coefficients: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -55,9 +65,9 @@ class Binding:
             return self.plan.masks[step]
         missing = self._missing(stream, step)
         if missing:
-            reason = "no value in this trajectory yet" if stream.last_step < 0 else "an earlier step was missed"
-            self.forced[f"{reason}, at step {step}"] += missing.bit_count()
-            log.info("step %d: %d sites are computed beyond the plan: %s", step, missing.bit_count(), reason)
+            reason = Forced.NO_VALUE if stream.last_step < 0 else Forced.MISSED_STEP
+            self.forced[reason, step] += missing.bit_count()
+            log.info("step %d: %d sites are computed beyond the plan: %s", step, missing.bit_count(), reason.value)
         return self.plan.mask(planned | missing) if missing else self.plan.masks[step]
 
     def _missing(self, stream: Stream, step: int) -> int:

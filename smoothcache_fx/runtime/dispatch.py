@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from .binding import Binding
+from .binding import Binding, Forced
 from .caches import CacheKeeper
 from .calls import CurrentCall
 from .variant import Mask, Variant, VariantBuilder
@@ -103,7 +103,7 @@ class GuardedDispatcher:
     def _build(self, binding: Binding, key: Hashable, mask: Mask, inputs: Sequence[Any]) -> Variant:
         if key == (mask, None):
             log.warning("a variant does not hold for inputs of these sizes: it runs uncompiled, and slower")
-            binding.forced["sizes outside of what a variant was compiled for: run uncompiled"] += 1
+            binding.forced[Forced.OTHER_SIZES, -1] += 1
             return self.builder.build_uncompiled(mask)
         start = time.perf_counter()
         variant = self.builder.build(mask, inputs)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from helpers.tolerances import COARSE, assert_close
 from smoothcache_fx.demo import extras
 from smoothcache_fx.demo.data import load_digits
 from smoothcache_fx.demo.metrics import Classifier, features, frechet_distance, real_frechet_distance
@@ -60,7 +61,7 @@ def test_bfloat16_stays_bfloat16_with_float32_timesteps():
     x, t, y = inputs(model)
     velocity = model(x.bfloat16(), t, y)
     assert velocity.dtype == torch.bfloat16
-    torch.testing.assert_close(velocity.float(), small()(x, t, y), rtol=0.1, atol=0.1)
+    assert_close(velocity.float(), small()(x, t, y), COARSE)
 
 
 def test_a_new_model_predicts_zero_and_a_randomized_one_uses_every_parameter():

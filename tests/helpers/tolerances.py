@@ -22,6 +22,12 @@ SAME_KERNELS = {torch.float32: Tolerance(1e-6, 1e-6), torch.bfloat16: Tolerance(
 FUSED_KERNELS = {torch.float32: Tolerance(1e-5, 1e-5)}
 #: Float32 sums in another order, in one op or a few.
 REORDERED = Tolerance(1e-5, 1e-5)
+#: Floats of Python's, added in another order.
+DOUBLES = Tolerance(1e-9, 1e-9)
+#: Every bit.
+EXACT = Tolerance(0, 0)
+#: A bfloat16 result of a few ops that round elsewhere: no more than that nothing is missing in it.
+COARSE = Tolerance(0.1, 0.1)
 #: A whole model of several blocks, where sums are reordered at each.
 COMPILED = Tolerance(1e-4, 1e-4)
 #: One sum of a whole tensor.

@@ -17,7 +17,14 @@ from helpers.inline_dits import InlineDiT
 from helpers.models import CASES
 from helpers.oracle import Oracle
 from helpers.structures import AddcmulBlock
-from helpers.tolerances import FUSED_KERNELS, SAME_KERNELS, assert_as_exact, assert_trajectories_close
+from helpers.tolerances import (
+    COARSE,
+    FUSED_KERNELS,
+    SAME_KERNELS,
+    assert_as_exact,
+    assert_close,
+    assert_trajectories_close,
+)
 from smoothcache_fx.capture import variants as build
 from smoothcache_fx.capture.variants import GraphBuilder
 from smoothcache_fx.passes import pipeline
@@ -129,7 +136,7 @@ def test_forecasts_of_both_orders(order, dtype):
         check_equal(variant, fused)
     else:  # one rounding less
         for expected, actual in zip(variant(*values_of(variant)), fused(*values_of(fused)), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.1)
+            assert_close(actual, expected, COARSE)
 
 
 def test_forecasts_from_differences():

@@ -14,6 +14,7 @@ import smoothcache_fx as smoothcache
 from helpers.capture import Block, Stack, capture, capture_case, inputs
 from helpers.cases import randomize
 from helpers.models import CASES
+from helpers.tolerances import EXACT, assert_close
 from smoothcache_fx import Schedule
 from smoothcache_fx.capture._inductor import code_path
 from smoothcache_fx.capture.cuda_graphs import may_run_twice
@@ -73,7 +74,7 @@ def check_products_write(program: Program, copied: int, order: int) -> None:
     assert ops(after)[matmul_store] == ops(before)[aten.copy_] - copied
     assert count_flops(after.graph) == count_flops(before.graph)
     for expected, actual in zip(run(before), run(after), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        assert_close(actual, expected, EXACT)
 
 
 def test_the_difference_to_the_last_value_is_taken_before_the_cache_is_written():
@@ -114,7 +115,7 @@ def test_a_branch_without_bias():
     before, after = computed(program)
     assert ops(after)[matmul_store] == 2
     for expected, actual in zip(run(before), run(after), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        assert_close(actual, expected, EXACT)
 
 
 def test_inductor_calls_the_library_with_the_cache_as_output():
@@ -155,7 +156,7 @@ def test_the_op(bias):
     torch.library.opcheck(matmul_store.default, (left, right, added, cache))
     matmul_store(left, right, added, cache)
     expected = torch.addmm(added, left, right) if bias else left @ right
-    torch.testing.assert_close(cache, expected, rtol=0, atol=0)
+    assert_close(cache, expected, EXACT)
 
 
 def test_the_op_says_what_does_not_fit():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import smoothcache_fx as smoothcache
+from helpers.tolerances import REORDERED
 from smoothcache_fx import CalibrationError, CompiledError, Schedule
 from smoothcache_fx.compiled.forward import compiled_forward
 
@@ -240,7 +241,7 @@ def test_calibration_changes_nothing_and_measures_the_branches(name):
             expected[lag - 1, step] = np.mean(ratios)
     (site,) = [site for site in calibration.sites if site.name == leaf]
     measured = np.where(site.count > 0, site.mean, np.nan)
-    np.testing.assert_allclose(measured, expected, rtol=1e-5)
+    np.testing.assert_allclose(measured, expected, rtol=REORDERED.rtol)
     schedule = calibration.schedule(alpha=0.5)
     smoothcache.compile(pipe, schedule, backend="eager")
     run(case, pipe, STEPS)
