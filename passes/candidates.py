@@ -87,7 +87,7 @@ def _before_attention(facts: GraphFacts, candidate: Candidate) -> bool:
     return not candidate.attention and not facts.has_seen_attention(candidate.skip)
 
 
-#: In this order: the first that applies is the reason that is told.
+#: In this order: the first that applies is the reported reason.
 RULES = (
     Rule(has_no_work, "no matmul, convolution or opaque op with parameters lies between its operands"),
     Rule(is_linear, "a projection and no more: neither attention nor a feed-forward"),

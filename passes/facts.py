@@ -121,7 +121,7 @@ def is_opaque(node: Node) -> bool:
 
 @dataclass
 class GraphFacts:
-    """What one walk over a graph tells.
+    """What one walk over a graph finds.
 
     ``ancestors[node]`` is a bit set over node positions, so that "is a an ancestor of b" is one shift. Python's
     integers make it quadratic in the number of nodes over 64, which for ten thousand nodes is milliseconds.

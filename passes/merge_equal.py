@@ -65,7 +65,7 @@ def _key(node: Node) -> object:
 
 
 def _frozen(value: object) -> object:
-    """The arguments as something to look up; 1, 1.0 and True are told apart."""
+    """The arguments as something to look up; 1, 1.0 and True are different."""
     if isinstance(value, (list, tuple)):
         return tuple(map(_frozen, value))
     if isinstance(value, dict):

@@ -53,7 +53,7 @@ def placeholders(graph: Graph) -> list[Node]:
 
 
 def remove_dead_code(graph: Graph) -> None:
-    """Remove what nobody uses; random ops too, and assertions about it, which must not keep a reused branch alive."""
+    """Remove unused nodes; random ops too, and assertions about it, which must not keep a reused branch alive."""
     live, pending = set(), [node for node in graph.nodes if node.op == "output" or _has_effect(node)]
     while pending:
         node = pending.pop()

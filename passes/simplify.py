@@ -13,7 +13,7 @@ After::
 
 Every value that is left has the dtype, shape and strides that it had, and the same bits but for one case: ``x + 0.0``
 turns a negative zero into a positive one, and is removed where nothing that reads it can tell the two apart. What the
-graph returns stays as it is: an output that is a tensor of its own must not become another's memory. A copy is removed
+graph returns stays as it is: an output with its own memory must not become an alias. A copy is removed
 only where no input that the graph writes to lies beneath it.
 """
 

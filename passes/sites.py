@@ -62,7 +62,7 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Rejection:
-    """A two-tensor add that is no site's residual add, and why."""
+    """A two-tensor add that belongs to no site, and why."""
 
     node: Node
     reason: str

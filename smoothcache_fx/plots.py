@@ -20,7 +20,7 @@ FROM = "calibrate makes one, and Calibration.load reads it"
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure of so many inches that no window or notebook knows of."""
+    """A matplotlib figure, size in inches, that no window or notebook shows."""
     return _matplotlib("figure").Figure(figsize=(width, height), layout="constrained")
 
 

@@ -151,7 +151,7 @@ class Calibration:
         is every n-th step, without forecasts.
 
         The paper's rule: from each computed step, the longest reuse whose error is at most `alpha`. Each group has a
-        row of its own.
+        own row.
 
         Args:
             alpha: the largest error allowed, the same for all groups, at least 0.

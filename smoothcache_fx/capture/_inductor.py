@@ -62,7 +62,7 @@ def uses_cuda_graphs(patches: dict[str, Any]) -> bool:
 def takes_products_as_they_are(patches: dict[str, Any]) -> bool:
     """Whether Inductor, with these settings, calls the library for matrix products, from Python.
 
-    Where it tunes kernels of its own for them, an output that is given would keep it from that.
+    Where it autotunes its own kernels for them, a given output would prevent that.
     """
     with inductor_config.patch(patches):
         return not (inductor_config.max_autotune or inductor_config.max_autotune_gemm or inductor_config.cpp_wrapper)
@@ -217,7 +217,7 @@ def compile(
     _register_lowerings()
     settings = dict(settings)
     cudagraphs = settings.get("cudagraphs")
-    # Compiling may switch CUDA graphs off for one variant; that is no reason to go without them in the others.
+    # Compiling may switch CUDA graphs off for one variant; the others keep them.
     settings["cudagraphs"] = None if cudagraphs is None else BoxedBool(bool(cudagraphs))
     fake_mode = detect_fake_mode(fake_inputs)
     with (

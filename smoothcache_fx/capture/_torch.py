@@ -68,7 +68,7 @@ def dynamo_compile(
 ) -> Callable[..., Any]:
     """``torch.compile`` whose recompiles count for this call alone: many models of a class do not exhaust the limit.
 
-    ``torch.compile(isolate_recompiles=True)`` does that too, but tells its regions apart by a number that all threads
+    ``torch.compile(isolate_recompiles=True)`` does that too, but identifies its regions by a number that all threads
     share (torch 2.13): of two models that run at once, one is captured anew at each call.
 
     With ``data_dependent_sizes`` the graph does not break where a size depends on data, as after ``nonzero``.

@@ -63,7 +63,7 @@ def recorded_at_once(run: Boxed, sizes: Sequence[int], moved: Sequence[int]) -> 
 
 
 def owned(output: Any) -> Any:
-    """A model's output with tensors of its own: the next replay writes over those it came in."""
+    """A copy of a model's output: the next replay overwrites the original."""
     return pytree.tree_map(_owned_leaf, output)
 
 

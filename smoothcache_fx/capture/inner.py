@@ -40,7 +40,7 @@ class InnerCompiler(Protocol):
     shape_generic: bool
     #: Whether it fuses kernels and picks them by itself, and so rounds otherwise than the ops one by one.
     optimizes: bool
-    #: Whether it takes products that write where they are told (``passes/store_products.py``).
+    #: Whether it accepts products that write into a given buffer (``passes/store_products.py``).
     stores_products: bool
     #: Whether what it compiles may return tensors that its next call writes over.
     cuda_graphs: bool

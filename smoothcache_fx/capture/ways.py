@@ -203,7 +203,7 @@ class Traced:
 
 
 def _capture_error(forward: Callable[..., Any], error: _torch.BackendFailed) -> CompiledError | None:
-    """What the user is told where PyTorch fails at an op of the model; None if it fails elsewhere."""
+    """The user's error message where PyTorch fails at an op of the model; None if it fails elsewhere."""
     inner = error.inner_exception
     where = re.findall(r'File "(.*)", line (\d+), in (\w+)\n\s*(.*)', str(inner).partition("Original traceback:")[2])
     if not where or isinstance(inner, torch.OutOfMemoryError):

@@ -26,7 +26,7 @@ def command(
 
 
 def add_sampler(parser: argparse.ArgumentParser, steps: bool = True) -> None:
-    """What the factory returns, and how its steps are told; ``steps`` where there is no schedule that says how many."""
+    """What the factory returns, and how its steps are counted; ``steps`` only where no schedule gives them."""
     parser.add_argument("factory", help=f"{FACTORY} (model or pipeline, function that samples with it)")
     if steps:
         parser.add_argument("--steps", type=int, help="denoising steps (needed only if forward() takes no timestep)")

@@ -173,7 +173,7 @@ def meta_inputs(
 def uncallable(model: torch.nn.Module, inputs: Mapping[str, Any], error: Exception) -> SmoothCacheError:
     """What to say of a model on the meta device that could not be captured with these inputs.
 
-    A plain call, which computes nothing there, tells the reason in a line where Dynamo takes thirty.
+    A plain call, which computes nothing there, fails with one line; Dynamo's message has thirty.
     """
     try:
         with torch.no_grad():

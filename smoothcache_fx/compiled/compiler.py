@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=Any)
 
-#: Beyond so many variants compiling takes longer than users expect: it is a warning.
+#: More variants than this take longer to compile than users expect, and are warned about.
 MANY_VARIANTS = 6
 
 
@@ -46,7 +46,7 @@ def compile(
     graphs are captured and compiled at the first calls, one variant per distinct decision of the schedule.
 
     Of a pipeline (of diffusers, or any object with ``components`` by name and a ``scheduler``) all denoisers are
-    compiled: the components whose ``forward`` takes a timestep. Its scheduler tells the step: ``set_timesteps``
+    compiled: the components whose ``forward`` takes a timestep. Its scheduler gives the step: ``set_timesteps``
     begins a trajectory, ``step`` ends a step. For a second pipeline that shares the denoisers but not the scheduler,
     call it again with that pipeline and an equal schedule.
 
@@ -100,7 +100,7 @@ def compile(
         _install(model_or_pipeline, schedule, Clock(schedule.steps, calls_per_step, schedule.timesteps), settings)
         return model_or_pipeline
     if calls_per_step not in (None, 1):
-        raise ValueError(f"calls_per_step is {calls_per_step}, but a pipeline's scheduler tells where a step ends")
+        raise ValueError(f"calls_per_step is {calls_per_step}, but a pipeline's scheduler says where a step ends")
     models = denoisers(model_or_pipeline)
     if not _join(model_or_pipeline, models, schedule, settings):
         for name in models:
@@ -174,7 +174,7 @@ def _join(
 
 
 def check_compilable(model: Any) -> None:
-    """Raise for what is no plain module, has been compiled before, or is in training mode."""
+    """Raise for anything but a plain module in eval mode that has not been compiled before."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
             f"expected a torch.nn.Module, got {type(model).__name__}; a pipeline has components and a scheduler"
@@ -223,7 +223,7 @@ def remove(model_or_pipeline: Model) -> Model:
 def reset(model_or_pipeline: Any) -> None:
     """Begin a trajectory: the next call is step 0. From the first use on, only this begins a trajectory.
 
-    Of a pipeline, whose scheduler tells the step, it forgets what is cached.
+    Of a pipeline, whose scheduler gives the step, it forgets what is cached.
 
     Example:
         >>> model = smoothcache.compile(model, schedule)

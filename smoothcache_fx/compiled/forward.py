@@ -98,7 +98,7 @@ class CompiledForward:
         self.undo_context()
         self.session.close()
 
-    # torch.compile on top of the compiled model: Dynamo must not trace what tells the step.
+    # torch.compile on top of the compiled model: Dynamo must not trace the clock.
     @torch.compiler.disable(
         reason="smoothcache_fx has compiled this model already, and what it computes differs from step to step: it can "
         "be neither exported nor part of another graph. smoothcache.remove(model) gives the plain model back"
@@ -214,7 +214,7 @@ class CompiledForward:
 
 
 def _dump_directory(model: str) -> Path | None:
-    """Where a model writes its graphs without being asked: a folder of its own in ``SMOOTHCACHE_DUMP``."""
+    """The model's own folder in ``SMOOTHCACHE_DUMP``, where its graphs are written."""
     root = os.environ.get("SMOOTHCACHE_DUMP")
     if not root:
         return None

@@ -16,7 +16,7 @@ from ..passes.names import WEIGHT
 from ..passes.sites import Site
 from .html import COLOURS
 
-#: How long a module's path may be, in components, for a box of its own.
+#: A module whose path has at most this many components gets its own box.
 DEPTH = 2
 #: Seconds that Graphviz may take.
 PATIENCE = 60

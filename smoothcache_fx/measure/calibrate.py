@@ -44,7 +44,7 @@ def calibrate(
 
     Args:
         model_or_pipeline: the transformer, in eval mode and not compiled, or a pipeline (see ``compile``), whose
-            scheduler then tells the steps.
+            scheduler then gives the steps.
         sample: called with the model or pipeline, once unless ``schedule`` is a function; runs one or more whole
             trajectories with it. The paper uses ten samples, in one batch or one after the other. Where a trajectory of
             a bare model begins is seen from its timestep argument; for a model without one, give ``steps``.
@@ -62,7 +62,7 @@ def calibrate(
             next, until it makes a schedule that was followed before.
         rounds: the most schedules of such a function to follow; ``sample`` runs at most once more than that.
         steps: denoising steps in a trajectory, if they cannot be seen from the timesteps.
-        calls_per_step: calls of a bare model in one step; each has a history of its own. By default one; two calls in a
+        calls_per_step: calls of a bare model in one step; each has its own history. By default one; two calls in a
             row at one timestep are then an error.
         history_device: where the outputs of every site are kept (the model's device by default): 8 steps' by default,
             ``lags`` without ``order``. A step's take ``batch * tokens * width * bytes per element`` a branch, as the

@@ -218,7 +218,7 @@ class Trials:
         return self._most - len(self.made)
 
     def of(self, candidates: Iterable[Candidate], most: int) -> Iterator[Trial]:
-        """Trials of at most so many candidates, one after the other, while there are runs left."""
+        """Trials of at most ``most`` candidates, one after the other, while there are runs left."""
         for candidate in itertools.islice(candidates, min(most, self.left)):
             value = float(self._measure(self._run(candidate.schedule)))
             self.made.append(Trial(candidate.rows, candidate.schedule, candidate.predicted, value))

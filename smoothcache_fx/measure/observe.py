@@ -40,7 +40,7 @@ class _ObservedForward:
         self._timestep = TimestepReader(original)
         self._compiled = Traced(original, recorder)
 
-    # The sampler may call the model by way of a torch.compile of its own.
+    # The sampler may call the model through its own torch.compile.
     @torch.compiler.disable(reason="smoothcache_fx is calibrating this model")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         check_inference(self.model, args, kwargs)
@@ -129,7 +129,7 @@ class _ObservedSchedulers(SchedulerClock):
     def wrong_length(self, scheduler: Any, length: int) -> SmoothCacheError:
         return CalibrationError(
             f"{type(scheduler).__name__} was set to {length} timesteps, expected {self.steps}: give steps={length}, or "
-            "leave it out (a pipeline's scheduler tells them), and measure sensitivities with the sampler that was "
+            "leave it out (a pipeline's scheduler gives them), and measure sensitivities with the sampler that was "
             "calibrated with (solvers of second order take more than one timestep per inference step)"
         )
 

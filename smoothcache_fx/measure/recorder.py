@@ -261,7 +261,7 @@ class Recorder(Session):
 
     def replay(self, forward: Callable[[], Any], reuse: Reuse) -> Any:
         """What the model returns if sites are reused like this."""
-        self.current.call = ModelCall(self.moment)  # a call of its own, for the bindings
+        self.current.call = ModelCall(self.moment)  # its own call, for the bindings
         self.replaying, self._not_reused = reuse, False
         try:
             with torch.random.fork_rng():

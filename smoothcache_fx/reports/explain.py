@@ -338,7 +338,7 @@ def dump(model_or_pipeline: Any, directory: str | PathLike[str]) -> list[Path]:
 
     Each is a Python file that runs and a Graphviz drawing (also an SVG, where Graphviz is installed); ``sites.json``
     has sites, masks and where Inductor's code lies, ``README.md`` says what is what. Where a pipeline has two denoisers
-    each has a folder of its own, by its component's name. With the environment variable
+    each has its own folder, named after its component. With the environment variable
     ``SMOOTHCACHE_DUMP=directory`` every compiled model writes its own whenever it has a new variant.
 
     Returns:

@@ -97,7 +97,7 @@ def predict(programs: Sequence[Program], schedule: Schedule) -> Prediction:
 
 
 def predictions_together(predictions: Sequence[Prediction], flops: Sequence[int]) -> Prediction:
-    """One prediction for models that are called equally often, whose uncached calls take so many FLOPs."""
+    """One prediction for models that are called equally often, weighted by the FLOPs of their uncached calls."""
     weights = [count / sum(flops) for count in flops]
     shares = zip(*(one.step_shares for one in predictions), strict=True)
     return Prediction(

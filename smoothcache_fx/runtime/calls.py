@@ -1,4 +1,4 @@
-"""One call of a model: where it is in its sampling, and what a clock is told of it."""
+"""One call of a model: its step and stream, and what a clock knows of it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Moment:
 
     Attributes:
         step: index of the step, from 0, in sampling order.
-        stream: which of the step's calls this is; each stream has caches of its own.
-        trajectory: what is cached may be read only within one trajectory. Each has a number of its own, later ones
+        stream: which of the step's calls this is; each stream has its own caches.
+        trajectory: what is cached may be read only within one trajectory. Each has its own number, later ones
             higher ones.
         lane: trajectories of one lane follow each other, those of different lanes go on at the same time.
     """
@@ -102,7 +102,7 @@ class TimestepReader:
 
 
 class Call:
-    """What a clock is told of one call of a model.
+    """What a clock knows of one call of a model.
 
     Attributes:
         model: the class of the model, for messages.
@@ -139,7 +139,7 @@ class Call:
 
 
 class StepClock(Protocol):
-    """What tells a session where its calls are.
+    """What gives a session the step of its calls.
 
     Attributes:
         latest: where the last call was, of whatever thread: for onlookers.

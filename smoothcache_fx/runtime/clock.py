@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 #: Timesteps count as equal within this share of the range that a trajectory has covered.
 SAME_TIMESTEP = 1e-3
 
-#: Trajectories that never ended, of which the timestep is kept at which they stopped.
+#: How many unfinished trajectories are remembered, each by the timestep at which it stopped.
 MOST_INTERRUPTED = 8
 
 
@@ -39,7 +39,7 @@ class Clock:
 
     Attributes:
         timesteps: those that the schedule was made for, in sampling order, or None. Without them those of the last
-            whole trajectory are what the next one is compared with. Others are told once.
+            whole trajectory are what the next one is compared with. A difference is warned about once.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Clock:
         return moment
 
     def _begins(self, timestep: float | None, model: str) -> bool:
-        """Whether the call is the first of a trajectory, though nobody has said so."""
+        """Whether the call is the first of a trajectory, though it was not announced."""
         restarted = self._restarted(timestep)
         if self._lost:
             return restarted is True
@@ -179,7 +179,7 @@ class Clock:
             self._begin_next = True
             raise StepError(
                 f"{model} was called twice in a row at timestep {timestep:g}. If a step has several calls, as with "
-                "guidance, say how many: calls_per_step=2. If each call is a step of its own, say calls_per_step=1. If "
+                "guidance, say how many: calls_per_step=2. If each call is a step, say calls_per_step=1. If "
                 "the sampler began anew, call smoothcache.reset(model) first"
             )
         if self.steps is None or self._lost:

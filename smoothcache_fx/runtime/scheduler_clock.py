@@ -31,7 +31,7 @@ class SchedulerClock:
 
     Attributes:
         steps: of the schedule; None accepts any number (calibration).
-        timesteps: those that the schedule was made for, or None; others are told once.
+        timesteps: those that the schedule was made for, or None; a difference is warned about once.
         trajectories, steps_begun: how many there were with a model call.
         lengths: numbers of timesteps of the trajectories that had a model call.
         unfinished: how many of them ended early.
@@ -145,7 +145,7 @@ class SchedulerClock:
         if run.mixed:
             self._tell(
                 "%s: the runs of two schedulers take turns in one thread. Their calls cannot be told apart and are "
-                "computed in full. Let one end before the other begins, or give each a thread of its own",
+                "computed in full. Let one end before the other begins, or give each its own thread",
                 call.model,
             )
             return None
@@ -326,7 +326,7 @@ class DenoiserClock:
         self.shared.abandon()
 
     def enter(self, call: Call, *, wait: bool = False) -> Moment:
-        """Where a call is. ``wait`` is for the clock of bare models: here the scheduler tells all."""
+        """Where a call is. ``wait`` is for the clock of bare models: here the scheduler gives the step."""
         with self.shared.lock:
             self.latest = self._moment(call)
         return self.latest
@@ -353,5 +353,5 @@ class DenoiserClock:
         return Moment(run.index, (*stream, run.lane) if run.lane else stream, run.trajectory, run.lane)
 
     def _unknown(self) -> Moment:
-        """A call that cannot be attributed: a trajectory of its own."""
+        """A call that belongs to no known trajectory is its own."""
         return Moment(0, None, self.shared.new_trajectory(), UNKNOWN)

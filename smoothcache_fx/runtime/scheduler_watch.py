@@ -1,4 +1,4 @@
-"""Following a scheduler: who is told of its ``set_timesteps`` and ``step``."""
+"""Following a scheduler: callbacks for its ``set_timesteps`` and ``step``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _NEW_OBJECT = getattr(copyreg, "__newobj__")  # noqa: B009
 
 
 class Follower(Protocol):
-    """What is told after each call of the scheduler's."""
+    """What is called back after each call of the scheduler."""
 
     def began(self, scheduler: Any) -> None: ...
 
     def stepped(self, scheduler: Any) -> None: ...
 
 
-# Which clocks follow a scheduler. Not an attribute of the scheduler: a copy of it is followed by nobody.
+# Which clocks follow a scheduler. Not an attribute of the scheduler: a copy of it is not followed.
 _followers = WeakIdKeyDictionary()
 
 

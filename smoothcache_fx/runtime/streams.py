@@ -23,7 +23,7 @@ class _Seen:
 
 
 class Streams:
-    """Tells the model calls of one step apart: by the name that ``cache_context`` gave, else by what they are given.
+    """Identifies the model calls of one step: by the name that ``cache_context`` gave, else by their inputs.
 
     Calls without a name are counted. Where guidance is switched off for some steps the count alone would take the
     conditional call for the unconditional one, so a call belongs to the stream with which it shares most tensors: the

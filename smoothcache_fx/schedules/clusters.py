@@ -7,7 +7,7 @@ from itertools import combinations
 
 Cluster = tuple[str, ...]
 
-#: Share of the branches' FLOPs under which a group has no row of its own: it would cost variants and save nothing.
+#: Share of the branches' FLOPs below which a group shares a row: its own would cost variants and save nothing.
 LIGHT = 0.03
 
 

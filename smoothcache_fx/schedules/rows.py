@@ -74,9 +74,7 @@ def times_of(times: object, steps: int) -> tuple[float, ...]:
     values = numbers_of(times, "times", steps)
     gaps = [after - before for before, after in pairwise(values)]
     if not (all(gap > 0 for gap in gaps) or all(gap < 0 for gap in gaps)):
-        raise ScheduleError(
-            "times neither rises nor falls from each step to the next; give each step a time of its own"
-        )
+        raise ScheduleError("times neither rises nor falls from each step to the next; give each step its own time")
     return values
 
 

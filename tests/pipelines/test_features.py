@@ -75,7 +75,7 @@ def test_the_transformer_alone_compiles_as_before():
 
 def test_bad_input():
     pipe = dit()
-    with pytest.raises(ValueError, match="calls_per_step is 2, but a pipeline's scheduler tells"):
+    with pytest.raises(ValueError, match="calls_per_step is 2, but a pipeline's scheduler says"):
         smoothcache.compile(pipe, Schedule(STEPS, ROWS), calls_per_step=2)
     with pytest.raises(CalibrationError, match="calls_per_step is for bare models"):
         calibrate(pipe, lambda pipe: None, calls_per_step=2)
