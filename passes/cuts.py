@@ -34,5 +34,6 @@ def work_outside(graph: Graph, sites: Sequence[Site]) -> list[tuple[int, tuple[N
 
 
 def container_of(name: str) -> str:
-    """The list of blocks that a parameter's or site's name is in: ``blocks`` for ``blocks.3.attn``; '' for none."""
-    return re.split(r"\.\d+(?:\.|$)", name, maxsplit=1)[0] if re.search(r"\.\d+(?:\.|$)", name) else ""
+    """The list of blocks that a name is in: ``blocks`` for ``blocks.3.attn`` and ``blocks.2-9``; '' for none."""
+    parts = re.split(r"\.\d+(?:-\d+)?(?:\.|$)", name, maxsplit=1)
+    return parts[0] if len(parts) > 1 else ""

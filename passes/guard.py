@@ -13,6 +13,12 @@ After, with a buffer and a decision per site as new inputs::
     gated = mul(gate, guard)
     out = add(x, gated)
 
+A stack (``stacks.py``) is cached as what it adds to a stream, and put back by adding that::
+
+    delta = sub(exit, entry)
+    guard = guard(delta, cache_1, compute_1)
+    exit_again = restore(exit, entry, guard, compute_1)      # exit itself where it is computed
+
 The guarded graph runs as it stands: ``guarded(*inputs, *caches, *mask)`` computes everything, and per site hands on
 and stores the fresh value or hands on the stored one. That is slow and exact, the reference for every variant that
 ``specialize`` makes of it.
@@ -20,7 +26,7 @@ and stores the fresh value or hands on the stored one. That is slow and exact, t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -59,6 +65,11 @@ def guard(
         older[0].copy_(difference(value, cache, older[0].dtype))
     cache.copy_(value)
     return value
+
+
+def restore(output: torch.Tensor, entry: torch.Tensor, added: torch.Tensor, compute: bool) -> torch.Tensor:
+    """A stack's output: itself where it is computed, else what the stack got and what it ``added`` when it last was."""
+    return output if compute else entry + added
 
 
 def cache_value(output: Node) -> torch.Tensor:
@@ -113,12 +124,36 @@ def insert_guards(
             decisions.append(decision)
     histories = iter([caches[i : i + order + 1] for i in range(0, len(caches), order + 1)])
     for index, site in enumerate(sites):
-        for output in site.outputs:
-            _insert_guard(graph, mapping[output], next(histories), coefficients, decisions[index])
+        values = cached_values(graph, mapping, site)
+        for position, (output, value) in enumerate(zip(site.outputs, values, strict=True)):
+            node = _insert_guard(graph, value, next(histories), coefficients, decisions[index])
+            if site.entries:
+                node = _insert_restore(graph, mapping[output], mapping[site.entries[position]], node, decisions[index])
+            mapping[output] = node  # what a stack behind it gets
     return with_graph(gm, graph)
 
 
-def _insert_guard(graph: Graph, value: Node, caches: Sequence[Node], coefficients: Node | None, decision: Node) -> None:
+def cached_values(graph: Graph, mapping: Mapping[Node, Node], site: Site) -> list[Node]:
+    """What a site caches, in a copy of its graph: its outputs, or, for a stack, what it adds to each of its entries."""
+    if not site.entries:
+        return [mapping[output] for output in site.outputs]
+    found = []
+    for output, entry in zip(site.outputs, site.entries, strict=True):
+        with graph.inserting_after(mapping[output]):
+            found.append(emit(graph, aten.sub.Tensor, mapping[output], mapping[entry], like=mapping[output]))
+    return found
+
+
+def _insert_restore(graph: Graph, output: Node, entry: Node, added: Node, decision: Node) -> Node:
+    with graph.inserting_after(added):
+        node = graph.call_function(restore, (output, entry, added, decision))
+    node.meta = {**output.meta, SITE: decision.meta[SITE]}
+    (delta,) = [user for user in output.users if user is added.args[0]]
+    output.replace_all_uses_with(node, delete_user_cb=lambda user: user not in (node, delta))
+    return node
+
+
+def _insert_guard(graph: Graph, value: Node, caches: Sequence[Node], coefficients: Node | None, decision: Node) -> Node:
     cache, *older = caches
     arguments: tuple[object, ...] = (value, cache, decision)
     after = value
@@ -134,6 +169,7 @@ def _insert_guard(graph: Graph, value: Node, caches: Sequence[Node], coefficient
         if key in value.meta:
             node.meta[key] = value.meta[key]
     node.meta[SITE] = decision.meta[SITE]
+    return node
 
 
 def guards(graph: Graph) -> list[Node]:

@@ -4,9 +4,43 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 #: Key in a placeholder's metadata that marks it as a parameter or buffer; the value is its qualified name.
 WEIGHT = "smoothcache_weight"
+
+#: The kind of a run of blocks that is cached as one, beside the kinds of branches.
+STACK = "stack"
+
+
+class BlockRange(NamedTuple):
+    """The blocks ``container.first`` to ``container.last``, both included: ``transformer_blocks.2-27``."""
+
+    container: str
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.container}.{self.first}-{self.last}".lstrip(".")
+
+    @property
+    def indices(self) -> range:
+        return range(self.first, self.last + 1)
+
+    def overlaps(self, other: BlockRange) -> bool:
+        return self.container == other.container and self.first <= other.last and other.first <= self.last
+
+    def holds(self, other: BlockRange) -> bool:
+        return self.container == other.container and self.first <= other.first and other.last <= self.last
+
+
+def block_of(name: str, level: int = 0) -> tuple[str, int] | None:
+    """The list of blocks and the index in it: ``blocks``, 3 of ``blocks.3.attn``; lists inside at higher levels."""
+    parts = name.partition("#")[0].split(".")
+    places = [place for place, part in enumerate(parts) if part.isdigit()]
+    if level >= len(places):
+        return None
+    return ".".join(parts[: places[level]]), int(parts[places[level]])
 
 
 def common_module(parameter_names: Iterable[str]) -> str:

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 
 from torch.fx import GraphModule
 
+from .guard import cached_values
 from .rewriting import copy_graph, with_graph
 from .sites import Site
 
 
 def observe(gm: GraphModule, sites: Sequence[Site]) -> GraphModule:
-    """A copy that returns, after its own outputs, the outputs of all sites in order. Nothing else changes."""
+    """A copy that returns, after its own outputs, what all sites would cache, in order. Nothing else changes."""
     graph, mapping = copy_graph(gm)
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    seen = [mapping[value] for site in sites for value in site.outputs]
+    seen = [value for site in sites for value in cached_values(graph, mapping, site)]
     output.args = ((*output.args[0], *seen),)
     return with_graph(gm, graph)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
+import torch
 from torch.fx import Graph, Node
 
 from .branches import Branch, branches_of_sum, search
@@ -32,16 +33,19 @@ class Site:
 
     Attributes:
         name: the place in the model, such as ``transformer_blocks.3.attn1``.
-        kind: ``attn``, ``cross_attn``, ``ffn`` or ``attn_ffn``.
-        outputs: the values to cache, one per branch, before gates.
+        kind: ``attn``, ``cross_attn``, ``ffn`` or ``attn_ffn``; ``stack`` for a run of blocks.
+        outputs: the values to cache, one per branch, before gates; of a stack, what it hands on.
         adds: the residual adds that take them.
         gates: per branch, the shapes of the factors between output and add.
         region: all nodes that descend from the skip path and lead to an output.
         weights: the placeholders of the parameters of the branch's matmuls.
         containers: how many trailing components of the weights' common path name containers that are never
-            called (``ff.net``), and so are left out of the name.
+            called (``ff.net``), and so are left out of the name. Of a stack: how many lists of blocks its own list is
+            inside of.
         flops: work that only this site needs, for the shapes the graph was captured with.
         cache_bytes: size of the outputs, in bytes.
+        entries: of a stack (``stacks.py``), per output the value that it is cached as the difference to.
+        holds: of a stack, its branches, which are not cached for themselves.
     """
 
     name: str
@@ -54,6 +58,8 @@ class Site:
     containers: int
     flops: int
     cache_bytes: int
+    entries: tuple[Node, ...] = ()
+    holds: tuple[Site, ...] = ()
 
     @property
     def group(self) -> str:
@@ -196,7 +202,11 @@ def only_needed_by(outputs: Iterable[Node], stored: Collection[Node] = ()) -> se
 
 
 def output_bytes(output: Node) -> int:
-    value = tensor_value(output)
+    return bytes_like(tensor_value(output))
+
+
+def bytes_like(value: torch.Tensor) -> int:
+    """Bytes of a tensor of this shape and dtype, for the sizes that the graph was captured with."""
     elements = 1
     for size in value.shape:
         elements *= concrete(size)

@@ -12,6 +12,8 @@ After, where site 0 is computed, and where it is reused::
     copy_ = copy_(cache_0, attn)
     gated = mul(gate, attn)
 
+Of a stack that is reused ``restore`` becomes ``add(entry, cache_0)``; where it is computed, its output stays.
+
 Dead code elimination then takes away exactly what only reused branches needed. A site with an order above 0 reads a
 forecast from all of its caches, and stores into the first (``passes/forecast.py``).
 """
@@ -23,10 +25,10 @@ from collections.abc import Collection, Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .facts import through_views
+from .facts import aten, through_views
 from .forecast import emit_difference, emit_forecast, holds_differences
-from .guard import CACHE, SITE, guards
-from .rewriting import copy_graph, placeholders, remove_dead_code, with_graph
+from .guard import CACHE, SITE, guards, restore
+from .rewriting import copy_graph, emit, placeholders, remove_dead_code, with_graph
 
 
 def specialize(
@@ -62,6 +64,13 @@ def specialize(
                 with graph.inserting_before(node):
                     _store(graph, value, history, site)
             node.replace_all_uses_with(value)
+        graph.erase_node(node)
+    for node in [node for node in graph.nodes if node.target is restore]:
+        output, entry, added, _ = node.args
+        if node.meta[SITE] not in compute:
+            with graph.inserting_before(node):
+                output = emit(graph, aten.add.Tensor, entry, added, like=node)
+        node.replace_all_uses_with(output)
         graph.erase_node(node)
     _keep_caches_inside(graph)
     remove_dead_code(graph)

@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .facts import is_view_or_cast, packet
-from .guard import CACHE, DECISION, guard
+from .guard import CACHE, DECISION, guard, restore
 from .mutation import arguments_written
 from .rewriting import placeholders
 
@@ -36,7 +36,7 @@ def check_graph(gm: GraphModule, *, like: GraphModule, stage: str) -> GraphModul
     _check_placeholders(gm, stage)
     _check_outputs(gm, like, stage)
     for node in gm.graph.nodes:
-        if stage == "variant" and (node.target is guard or DECISION in node.meta):
+        if stage == "variant" and (node.target in (guard, restore) or DECISION in node.meta):
             raise GraphError(f"after {stage}: the guard {node.name} is not resolved")
         if node.target is guard:
             _check_guard(node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
@@ -59,6 +60,26 @@ def numbers_of(
     return tuple(values)
 
 
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{binary}B": (1024 if binary else 1000) ** power
+    for power, prefix in enumerate("KMGT", 1)
+    for binary in ("", "i")
+}
+
+
+def byte_count(value: object, name: str) -> int:
+    """A whole number of bytes of at least 1, from a number or such as ``"2GiB"`` and ``"500 MB"``."""
+    found = scalar(value)
+    if isinstance(found, str):
+        parsed = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", found)
+        units = {unit.lower(): size for unit, size in _UNITS.items()}
+        if parsed is not None and parsed[2].lower() in units:
+            found = int(float(parsed[1]) * units[parsed[2].lower()])
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or found < 1 or found != int(found):
+        raise ValueError(f"{name} is {value!r}, expected bytes: a number of at least 1, or a text such as '2GiB'")
+    return int(found)
+
+
 def flag(value: object, name: str) -> bool:
     """``value`` if it is a bool, numpy's included; raises ``TypeError`` for what merely counts as true or false."""
     found = scalar(value)
@@ -86,6 +107,13 @@ def sequence(values: Any, name: str) -> list[Any]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} is {values!r}, expected a sequence")
     return list(values)
+
+
+def one_of(value: object, name: str, known: Sequence[Any], error: type[SmoothCacheError] = ScheduleError) -> Any:
+    """``value`` if it is one of ``known``."""
+    if isinstance(value, bool) or value not in known:
+        raise error(f"{name} is {value!r}, expected {' or '.join(map(repr, known))}")
+    return value
 
 
 def some_of(

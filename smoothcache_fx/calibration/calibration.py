@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import flag, instance, number_of, numbers_of, whole_number
+from ..checks import flag, instance, number_of, numbers_of, one_of, whole_number
 from ..errors import CalibrationError
 from ..schedules.clusters import joined, variants_of
 from ..schedules.files import check_header, read_object
@@ -20,7 +20,7 @@ from ..schedules.schedule import Schedule
 from .effects import Effects
 from .greedy import alpha_for, scan
 from .html import calibration_html
-from .measurements import ALL
+from .measurements import ALL, GRAINS
 from .optimal import predicted_error
 from .planner import optimal_rows, warn_if_behind
 from .site_errors import SiteErrors
@@ -47,6 +47,7 @@ class Calibration:
         sensitivity: how errors reach the final sample, float64 [steps] by group, or `ALL` for all groups together
             (``measure_sensitivity``); what is not in it counts the same at each step.
         timesteps: of each step, if all trajectories had the same. Schedules made of the calibration keep them.
+        grain: ``branch``, or ``stack`` if runs of blocks were measured as one; schedules are of that grain.
     """
 
     steps: int
@@ -57,6 +58,7 @@ class Calibration:
     effects: Effects | None = None
     sensitivity: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     timesteps: Sequence[float] | None = None
+    grain: str = GRAINS[0]
 
     def __post_init__(self) -> None:
         self.steps = whole_number(self.steps, "steps", 1, CalibrationError)
@@ -64,6 +66,7 @@ class Calibration:
         self.history_bytes = whole_number(self.history_bytes, "history_bytes", 0, CalibrationError)
         if not isinstance(self.metadata, dict):
             raise CalibrationError(f"metadata is a {type(self.metadata).__name__}, expected a dict")
+        one_of(self.grain, "grain", GRAINS, CalibrationError)
         self.sites = list(self.sites)
         if not self.sites:
             raise CalibrationError("a calibration without sites; expected at least one")
@@ -103,7 +106,7 @@ class Calibration:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Calibration):
             return NotImplemented
-        names = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "timesteps")
+        names = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "timesteps", "grain")
         return all(getattr(self, name) == getattr(other, name) for name in names) and (
             {key: values.tolist() for key, values in self.sensitivity.items()}
             == {key: values.tolist() for key, values in other.sensitivity.items()}
@@ -274,6 +277,10 @@ class Calibration:
                 f"cannot merge a calibration of {self.steps} steps and {self.lags} lags with one of "
                 f"{other.steps} steps and {other.lags} lags; calibrate with the same number of both"
             )
+        if self.grain != other.grain:
+            raise CalibrationError(
+                f"cannot merge a calibration of grain {self.grain!r} with one of {other.grain!r}; calibrate both alike"
+            )
         theirs = {site.name: site for site in other.sites}
         mine = {site.name: site for site in self.sites}
         if theirs.keys() != mine.keys():
@@ -291,7 +298,9 @@ class Calibration:
         effects = self.effects.merge(other.effects) if both else None
         sensitivity = {**other.sensitivity, **self.sensitivity}
         timesteps = self.timesteps if self.timesteps == other.timesteps else None
-        return Calibration(self.steps, self.lags, sites, history_bytes, metadata, effects, sensitivity, timesteps)
+        return Calibration(
+            self.steps, self.lags, sites, history_bytes, metadata, effects, sensitivity, timesteps, self.grain
+        )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything as JSON, one line per site; `load` gives an equal calibration back.
@@ -316,6 +325,8 @@ class Calibration:
         ]
         if self.timesteps is not None:
             lines.insert(-1, f'  "timesteps": {json.dumps(self.timesteps)}')
+        if self.grain != GRAINS[0]:
+            lines.insert(-1, f'  "grain": {json.dumps(self.grain)}')
         Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
     @classmethod
@@ -330,8 +341,7 @@ class Calibration:
         keys: tuple[str, ...] = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "sensitivity")
         if data.get("format") == FORMAT and data.get("version") == 1:
             data = {"effects": None, "sensitivity": {}, **data}
-        if "timesteps" in data:
-            keys = (*keys, "timesteps")
+        keys += tuple(key for key in ("timesteps", "grain") if key in data)
         check_header(data, path, format=FORMAT, version=VERSION, keys=keys, error=CalibrationError)
         try:
             if not isinstance(data["sites"], list):
@@ -345,6 +355,7 @@ class Calibration:
                 effects=None if data["effects"] is None else Effects.from_json(data["effects"]),
                 sensitivity=data["sensitivity"],
                 timesteps=data.get("timesteps"),
+                grain=data.get("grain", GRAINS[0]),
             )
         except CalibrationError as reason:
             raise CalibrationError(f"{str(path)!r} holds no valid calibration: {reason}") from reason

@@ -14,6 +14,9 @@ from .site_errors import SiteErrors
 #: Stands for all groups together, where sensitivities are by group.
 ALL = "*"
 
+#: What is measured, and then cached, as one: each branch, or the longest runs of blocks.
+GRAINS = ("branch", "stack")
+
 
 class Measurements(Protocol):
     """The part of a `Calibration` that rows and predicted errors follow from; its attributes are those."""

@@ -5,19 +5,25 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
+from ..errors import ScheduleError
 from ..passes.cuts import container_of, work_outside
-from ..passes.names import WEIGHT, common_module, drop_components, group_of, unique_names
+from ..passes.names import STACK, WEIGHT, BlockRange, block_of, common_module, drop_components, group_of, unique_names
 from ..passes.rewriting import placeholders
+from ..passes.sites import Site
+from ..passes.stacks import Stack, as_site, find_stacks
 from ..runtime.binding import Binding
 from ..runtime.calls import ModelCall
-from ..runtime.variant import SiteInfo, picker
+from ..runtime.variant import SiteInfo, SiteName, picker
+from ..schedules.schedule import Schedule
+from ..schedules.selectors import block_range
 from . import _torch
+from .budget import bytes_of, within
 from .inner import CompileVariant
 from .variants import GraphBuilder
 
@@ -59,6 +65,20 @@ class Frame:
             if name is not None:
                 node.meta[WEIGHT] = name
 
+    def ranges_of(self, schedule: Schedule) -> list[BlockRange]:
+        """The ranges of blocks that the schedule selects as stacks, as they are called at the first place.
+
+        A frame of one block runs at the others, too, where it may be selected.
+        """
+        ranges = list(schedule.block_ranges)
+        for container in {group_of(found.container) for found in ranges}:
+            blocks = {found for name in self._static_names.values() for found in _blocks_in(name, container)}
+            if len(blocks) == 1:
+                ((own, index),) = blocks
+                if not any(found.container == own and index in found.indices for found in ranges):
+                    ranges.append(BlockRange(own, index, index))
+        return ranges
+
     def names(self, inputs: Sequence[Any], weight_names: Mapping[int, str]) -> dict[int, str]:
         """The weights' names at the place whose weights these inputs are."""
         return {i: weight_names.get(id(inputs[i]), name) for i, name in self._static_names.items()}
@@ -79,8 +99,15 @@ class Program:
         self.graph_break = frame.graph_break
         self.session = session
         self.frame = frame
-        order, history_dtype = session.schedule.highest_order, session.schedule.history_dtype
-        self.builder = GraphBuilder(captured, compile_variant, session.inner, order, history_dtype)
+        schedule = session.schedule
+        self.builder = GraphBuilder(
+            captured,
+            compile_variant,
+            session.inner,
+            schedule.highest_order,
+            schedule.history_dtype,
+            self._stacks,
+        )
         self.dispatcher = session.dispatcher(self.builder)
         self.bindings: list[Binding] = []
         self._weights_among = picker(frame.weights)
@@ -90,6 +117,20 @@ class Program:
         self._last: tuple[tuple[int, ...] | None, _Place | None] = None, None
         # A frame with all parameters of the model runs at one place, even if offloading replaces them at each call.
         self._only_place = _Place() if frame.has_all_of(session.root) else None
+
+    def _stacks(self, graph: Graph, branches: list[Site]) -> list[Stack]:
+        """The stacks that the schedule selects, and those that a limit of memory makes of what it leaves."""
+        schedule, room = self.session.schedule, self.session.room()
+        ranges = self.frame.ranges_of(schedule)
+        longest = STACK in schedule.compute
+        selected = find_stacks(graph, branches, ranges, longest)[0] if ranges or longest else []
+        if room is None:
+            return selected
+        left = [branch for branch in branches if not any(branch in stack.sites for stack in selected)]
+        room -= sum(bytes_of(schedule, as_site(stack, branches)) for stack in selected)
+        found = find_stacks(graph, left)[0]
+        chosen = within(schedule, left, [one for one in found if set(one.sites) <= set(left)], room)
+        return [*selected, *chosen]
 
     def bind(self, inputs: Sequence[Any], call: ModelCall) -> Binding:
         """The binding for the frame's inputs: the weights say at which module, the count says which call of it."""
@@ -128,6 +169,10 @@ class Program:
                 leave = functools.partial(_leave, weakref.ref(self), key)
                 place.weights = [weakref.ref(weight, leave) for weight in weights]
             return place
+
+    def names_of(self, binding: Binding, stacks: Sequence[Site]) -> dict[Site, str]:
+        """What stacks are called at a binding's place."""
+        return {site: found.name for site, found in _names_of(stacks, self._weight_names[binding], 0).items()}
 
     def flops_outside(self, containers: Collection[str]) -> int:
         """FLOPs of these lists of blocks that lie outside of sites, over all bindings."""
@@ -168,28 +213,27 @@ class Program:
     def _new_binding(self, inputs: Sequence[Any], call: int) -> Binding:
         builder = self.builder
         names = self.frame.names(inputs, self.session.weight_names())
-        paths = []
-        for site in builder.sites:
-            parameters = [_weight_name(weight, names) for weight in site.weights]
-            paths.append(drop_components(common_module(parameters), site.containers))
-        kinds = [site.kind for site in builder.sites]
+        branches = _names_of(builder.branches, names, call)
+        found = {**branches, **_names_of([site for site in builder.sites if site.entries], names, call)}
         sites = [
             SiteInfo(
-                name=name,
-                group=group_of(name),
-                kind=site.kind,
+                **found[site]._asdict(),
                 buffers=builder.buffers_of(site),
                 slots=builder.slots,
                 flops=site.flops,
                 cache_bytes=site.cache_bytes,
                 slot_bytes=builder.slot_bytes_of(site),
                 differences=builder.differences_of(site),
+                holds=tuple(branches[held] for held in site.holds),
             )
-            for name, site in zip(unique_names(paths, kinds, call), builder.sites, strict=True)
+            for site in builder.sites
         ]
+        check_stacks(self.session.schedule, sites)
         log.info("bound %d sites: %s", len(sites), ", ".join(site.name for site in sites))
         binding = Binding(sites, self.session.plan(sites), builder.buffer_count)
         self.session.keeper.add(binding)
+        if self.session.max_cache_bytes is not None:
+            binding.make_room = self.session.keeper.make_room
         self._weight_names[binding] = names
         return binding
 
@@ -204,6 +248,45 @@ def _weight_name(weight: Node, names: Mapping[int, str]) -> str:
     """The name of a weight's placeholder, given the names of the frame's inputs at some place."""
     index = _torch.dynamo_input_index(weight)
     return weight.meta[WEIGHT] if index is None else names[index]
+
+
+def _blocks_in(name: str, container: str) -> Iterator[tuple[str, int]]:
+    """The blocks that a weight is in, of lists called like ``container`` but for indices."""
+    level = 0
+    while (found := block_of(name, level)) is not None:
+        if group_of(found[0]) == container:
+            yield found
+        level += 1
+
+
+def _names_of(sites: Sequence[Site], names: Mapping[int, str], call: int) -> dict[Site, SiteName]:
+    """What sites are called at the place whose weights have these names."""
+    paths = []
+    for site in sites:
+        parameters = [_weight_name(weight, names) for weight in site.weights]
+        if site.entries:
+            blocks = [found for name in parameters if (found := block_of(name, site.containers)) is not None]
+            indices = [index for _, index in blocks]
+            paths.append(str(BlockRange(blocks[0][0], min(indices), max(indices))))
+        else:
+            paths.append(drop_components(common_module(parameters), site.containers))
+    unique = unique_names(paths, [site.kind for site in sites], call)
+    return {site: SiteName(name, group_of(name), site.kind) for site, name in zip(sites, unique, strict=True)}
+
+
+def check_stacks(schedule: Schedule, sites: Sequence[SiteInfo]) -> None:
+    """Raise ``ScheduleError`` where a graph that runs at several places would need other stacks at this one."""
+    for site in sites:
+        own = block_range(site.name) if site.kind == STACK else None
+        if own is None:
+            continue
+        for wanted in schedule.block_ranges:
+            if wanted.overlaps(own) and not wanted.holds(own):
+                raise ScheduleError(
+                    f"blocks {own.first} to {own.last} of {own.container!r} share a graph with other blocks of this "
+                    f"model, and only some of them are in the range {wanted.first} to {wanted.last} that is selected; "
+                    "select all of them or none"
+                )
 
 
 class _Place:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from ..errors import ScheduleError
 from ..passes.cuts import container_of
+from ..passes.names import STACK
 from ..passes.replace_writes import replace_writes
 from ..runtime.binding import Binding
 from ..runtime.caches import CacheKeeper
@@ -21,7 +22,9 @@ from ..runtime.calls import CurrentCall, ModelCall, StepClock
 from ..runtime.dispatch import Dispatcher, GuardedDispatcher
 from ..runtime.variant import Plan, SiteInfo, make_plan
 from ..schedules.schedule import KINDS, Schedule
+from ..schedules.selectors import selects_stacks, specificity
 from . import _torch
+from .budget import order_of, row_of
 from .inner import CompileVariant, InnerCompiler
 from .program import Frame, Program
 from .variants import GraphBuilder
@@ -68,14 +71,21 @@ class Session:
     """What all programs of one compiled model share: the schedule, the clock, the names of the weights."""
 
     def __init__(
-        self, schedule: Schedule, inner: InnerCompiler, clock: StepClock, root: torch.nn.Module | None
+        self,
+        schedule: Schedule,
+        inner: InnerCompiler,
+        clock: StepClock,
+        root: torch.nn.Module | None,
+        max_cache_bytes: int | None = None,
     ) -> None:
         self.schedule = schedule
+        #: What all caches together may take.
+        self.max_cache_bytes = max_cache_bytes
         self.inner = inner
         self.clock = clock
         #: The call that each thread is in.
         self.current = CurrentCall()
-        self.keeper = CacheKeeper()
+        self.keeper = CacheKeeper(max_cache_bytes)
         self.capture = Capture()
         #: How often Dynamo has captured something.
         self.captured = 0
@@ -103,6 +113,13 @@ class Session:
     def weight_names(self) -> dict[int, str]:
         """Qualified names of the root module's parameters and buffers, by the tensors' identity."""
         return module_weight_names(self.root)
+
+    def room(self) -> int | None:
+        """Bytes that are left for one stream's caches of another graph; None if there is no limit."""
+        if self.max_cache_bytes is None:
+            return None
+        streams = getattr(self.clock, "calls_per_step", None) or 1
+        return self.max_cache_bytes // streams - sum(binding.stream_bytes for binding in self.bindings())
 
     def plan(self, sites: Sequence[SiteInfo]) -> Plan:
         return plan_sites(self.schedule, sites)
@@ -191,8 +208,8 @@ def share_outside(session: Session) -> float:
 
 def plan_sites(schedule: Schedule, sites: Sequence[SiteInfo]) -> Plan:
     """The schedule laid out for these sites."""
-    rows = [schedule.row_for(site) for site in sites]
-    return make_plan(rows, schedule.steps, [schedule.order_for(site) for site in sites], schedule.times)
+    orders = [order_of(schedule, site) for site in sites]
+    return make_plan([row_of(schedule, site) for site in sites], schedule.steps, orders, schedule.times)
 
 
 def module_weight_names(root: torch.nn.Module | None) -> dict[int, str]:
@@ -229,13 +246,40 @@ def compile_frame(session: Session, gm: GraphModule, inputs: Sequence[Any]) -> t
 
 def check_selectors(schedule: Schedule, sites: Sequence[Any]) -> None:
     """Raise ``ScheduleError`` if a selector of the schedule fits no site; kinds that the model lacks are allowed."""
-    unused = schedule.unused_selectors(sites)
-    wrong = [selector for selector in unused if selector not in KINDS]
+    _check_held(schedule, sites)
+    unused = schedule.unused_selectors([one for site in sites for one in (site, *site.holds)])
+    wrong = [selector for selector in unused if selector not in (*KINDS, STACK)]
     if not wrong and (not unused or len(unused) < len(schedule.selectors)):
         return
+    if any(map(selects_stacks, wrong or unused)):
+        raise ScheduleError(
+            f"the schedule selects {', '.join(repr(s) for s in wrong or unused)}, but the model has no such run of "
+            "blocks. print(smoothcache.explain(model, ...)) lists its stacks, and why they end where they do."
+        )
     groups: dict[str, str] = {site.group: site.kind for site in sites}
     listed = "\n".join(f"  {group} ({kind})" for group, kind in groups.items()) or "  (none)"
     raise ScheduleError(
         f"the schedule selects {', '.join(repr(s) for s in wrong or unused)}, but the model has no such site. "
         f"Its groups are:\n{listed}\nSelect by one of these, by the name of a site, or by kind."
     )
+
+
+def _check_held(schedule: Schedule, sites: Sequence[Any]) -> None:
+    """Raise ``ScheduleError`` if a selector of branches selects some that are cached as parts of stacks.
+
+    A kind selects what is left: it is an error only if that is nothing. Stacks that a limit of memory has made follow
+    their branches' rows.
+    """
+    stacks = [site for site in sites if site.kind == STACK and schedule.selects(site)]
+    held = {branch.name: (branch, stack) for stack in stacks for branch in stack.holds}
+    chosen = [key for key in schedule.selectors if any(specificity(key, site) for site, _ in held.values())]
+    for key in chosen:
+        inside = [(branch, stack) for branch, stack in held.values() if specificity(key, branch) is not None]
+        if key in KINDS and any(specificity(key, site) is not None for site in sites):
+            continue
+        branch, stack = inside[0]
+        raise ScheduleError(
+            f"the selector {key!r} overlaps with the stack {stack.name!r}: it selects {branch.name!r}"
+            + (f" and {len(inside) - 1} more branches" if len(inside) > 1 else "")
+            + ", which are cached as a part of that. Drop the selector, or select a range of blocks without these"
+        )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ..graphs.python_code import as_python, notes
 from ..passes.facts import tensor_value
@@ -22,6 +23,7 @@ from ..passes.rewriting import copy_graph, placeholders, with_graph
 from ..passes.simplify import simplify
 from ..passes.sites import Site, find_sites_and_rejections, output_bytes
 from ..passes.specialize import specialize, variant_inputs
+from ..passes.stacks import Stack, as_site
 from ..passes.verify import check_graph
 from ..runtime.variant import Mask, Variant
 from . import _inductor, _torch
@@ -35,7 +37,8 @@ class GraphBuilder:
 
     Attributes:
         captured: the ATen graph as AOTAutograd gave it, without what does nothing.
-        sites, rejections: what ``passes.find_sites_and_rejections`` says of it.
+        branches, rejections: what ``find_sites_and_rejections`` says of it.
+        sites: what is cached: branches, and stacks of them.
         guarded: the guarded graph, with caches for forecasts of ``order``, all but the first in ``history_dtype`` where
             that is narrower.
         graphs: the variants' graphs by mask, before the inner compiler had them.
@@ -48,10 +51,14 @@ class GraphBuilder:
         inner: InnerCompiler,
         order: int = 0,
         history_dtype: str | None = None,
+        stacks: Callable[[Graph, list[Site]], list[Stack]] = lambda graph, branches: [],
     ) -> None:
         start = time.perf_counter()
         captured = self.captured = run_pass("simplify", simplify, captured, "captured")
-        self.sites, self.rejections = find_sites_and_rejections(captured.graph)
+        self.branches, self.rejections = find_sites_and_rejections(captured.graph)
+        found = stacks(captured.graph, self.branches)
+        left = [site for site in self.branches if not any(site in stack.sites for stack in found)]
+        self.sites = [*left, *(as_site(stack, left) for stack in found)]
         narrower = None if history_dtype is None else getattr(torch, history_dtype)
         guarded = insert_guards(captured, self.sites, order, narrower)
         self.guarded = check_graph(guarded, like=captured, stage="guarded")
@@ -133,6 +140,12 @@ class GraphBuilder:
         )
         with torch.inference_mode(False), torch.no_grad():
             return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+
+    def size_of(self, buffer: int, inputs: Sequence[Any]) -> int:
+        """Bytes of what ``allocate`` makes."""
+        value = self._caches[buffer].meta["val"]
+        symbols = self._symbols(inputs)
+        return math.prod(_torch.symbol_value(size, symbols) for size in value.shape) * value.element_size()
 
     def coefficients(self, values: Sequence[float]) -> torch.Tensor:
         """The forecasts' coefficients, one per buffer, where the graph wants them."""

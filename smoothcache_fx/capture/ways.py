@@ -202,9 +202,11 @@ class Traced:
             self.session.put_back(kept)
 
 
-def _capture_error(forward: Callable[..., Any], error: _torch.BackendFailed) -> CompiledError | None:
-    """The user's error message where PyTorch fails at an op of the model; None if it fails elsewhere."""
+def _capture_error(forward: Callable[..., Any], error: _torch.BackendFailed) -> SmoothCacheError | None:
+    """Our own error, or the user's message where PyTorch fails at an op of the model; None if it fails elsewhere."""
     inner = error.inner_exception
+    if isinstance(inner, SmoothCacheError):
+        return inner
     where = re.findall(r'File "(.*)", line (\d+), in (\w+)\n\s*(.*)', str(inner).partition("Original traceback:")[2])
     if not where or isinstance(inner, torch.OutOfMemoryError):
         return None

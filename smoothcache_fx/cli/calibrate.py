@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..calibration.measurements import GRAINS
 from .command import add_sampler, command
 from .models import made_by, progress
 
@@ -22,6 +23,12 @@ def add(commands: Any) -> None:
     calibrate.add_argument("-o", "--output", type=Path, required=True, help="the calibration file")
     calibrate.add_argument("--lags", type=int, default=3, help="longest reuse to measure, in steps (3)")
     calibrate.add_argument("--order", type=int, default=1, help="highest forecast order that schedules may use (1)")
+    calibrate.add_argument(
+        "--grain",
+        choices=GRAINS,
+        default=GRAINS[0],
+        help="what to cache as one: each branch, or runs of blocks (branch)",
+    )
     calibrate.add_argument("--paper", action="store_true", help="measure only what the paper's rule needs")
     calibrate.add_argument(
         "--probes", type=int, default=0, help="extra runs that measure how an error at each step affects the sample (0)"
@@ -44,6 +51,7 @@ def run(options: argparse.Namespace) -> None:
             order=None if options.paper else options.order,
             steps=options.steps,
             calls_per_step=options.calls_per_step,
+            grain=options.grain,
             progress=False,
         )
         if options.probes:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..calibration.measurements import GRAINS
 from .command import add_sampler, command
 from .models import made_by, progress
 
@@ -25,6 +26,7 @@ def add(commands: Any) -> None:
     wanted.add_argument("--at-least", type=float, help="PSNR to the uncached samples to reach, in dB")
     choose.add_argument("-o", "--output", type=Path, required=True, help="schedule file to write")
     choose.add_argument("--orders", type=int, nargs="+", default=(0, 1, 2), help="forecast orders to try (0 1 2)")
+    choose.add_argument("--grains", choices=GRAINS, nargs="+", default=GRAINS[:1], help="what to cache as one (branch)")
     choose.add_argument("--lags", type=int, default=5, help="longest reuse to measure, in steps (5)")
     choose.add_argument("--trajectories", type=int, default=20, help="maximum number of sampling runs (20)")
     choose.add_argument(
@@ -43,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
             compute=options.compute,
             at_least=options.at_least,
             orders=options.orders,
+            grains=options.grains,
             lags=options.lags,
             trajectories=options.trajectories,
             probes=options.probes,

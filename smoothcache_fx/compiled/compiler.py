@@ -12,7 +12,7 @@ import torch
 from ..capture.inner import InnerCompiler, inner_compiler
 from ..capture.session import Session
 from ..capture.ways import Traced
-from ..checks import flag, instance, whole_number
+from ..checks import byte_count, flag, instance, whole_number
 from ..errors import CompiledError, SmoothCacheError
 from ..runtime.calls import StepClock
 from ..runtime.clock import Clock
@@ -39,6 +39,7 @@ def compile(
     fullgraph: bool = False,
     options: dict[str, Any] | None = None,
     calls_per_step: int | None = None,
+    max_cache_bytes: int | str | None = None,
 ) -> Model:
     """Compile a Diffusion Transformer, or those of a pipeline, so that it follows a caching schedule.
 
@@ -60,6 +61,9 @@ def compile(
         calls_per_step: how often the sampler calls the model in one step (2 for a conditional and an unconditional
             call). The calls of one step have caches of their own. By default each call is a step, and two calls in a
             row at one timestep are an error; 1 allows them. Not for pipelines, where it need not be known.
+        max_cache_bytes: what a model's caches may take in all, a number or such as ``"2GiB"``. Where branches would
+            take more, runs of blocks are cached as one (``stack``), those that save most first; each is computed where
+            one of its branches would be. It is decided when the model is captured, before caches are allocated.
 
     Returns:
         The same object.
@@ -69,7 +73,8 @@ def compile(
         TypeError: it is neither a module nor a pipeline with a denoiser, or the schedule is no ``Schedule``.
         ValueError: ``calls_per_step`` is not positive, or is given for a pipeline; both mode and options are given.
         RuntimeError: ``torch.compile`` knows no such mode or option; its ``InvalidBackend`` for an unknown backend.
-        ScheduleError: at the first call, where the schedule selects sites that the model does not have.
+        ScheduleError: at the first call, where the schedule selects sites that the model does not have, or where its
+            caches do not fit into ``max_cache_bytes`` even as stacks; at a later call, where more streams need more.
         NoSitesError: at the first call, where the model has no residual branch.
         StepError: at a call of a bare model that goes on after the schedule's last step, that comes from a second
             thread before the first one's trajectory has ended, or that repeats the last one's timestep; of a pipeline
@@ -94,7 +99,15 @@ def compile(
     fullgraph = flag(fullgraph, "fullgraph")
     dynamic = None if dynamic is None else flag(dynamic, "dynamic")
     _tell_variants(schedule)
-    settings = {"backend": backend, "mode": mode, "dynamic": dynamic, "fullgraph": fullgraph, "options": options}
+    limit = None if max_cache_bytes is None else byte_count(max_cache_bytes, "max_cache_bytes")
+    settings = {
+        "backend": backend,
+        "mode": mode,
+        "dynamic": dynamic,
+        "fullgraph": fullgraph,
+        "options": options,
+        "max_cache_bytes": limit,
+    }
     if not is_pipeline(model_or_pipeline):
         check_compilable(model_or_pipeline)
         _install(model_or_pipeline, schedule, Clock(schedule.steps, calls_per_step, schedule.timesteps), settings)
@@ -131,7 +144,7 @@ def _tell_variants(schedule: Schedule) -> None:
 def _install(
     model: torch.nn.Module, schedule: Schedule, clock: StepClock, settings: Mapping[str, Any]
 ) -> CompiledForward:
-    session = Session(schedule, _inner_compiler(settings), clock, model)
+    session = Session(schedule, _inner_compiler(settings), clock, model, settings["max_cache_bytes"])
     session.close_with(model)
     place = ForwardPlace(model)
     compiled = Traced(

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..passes.facts import module_path
-from ..passes.guard import CACHE, DECISION, SITE, guard
+from ..passes.guard import CACHE, DECISION, SITE, guard, restore
 from ..passes.names import WEIGHT
 from ..passes.sites import Site
 from .html import COLOURS
@@ -110,7 +110,7 @@ def _boxes(gm: GraphModule, sites: Sequence[Site]) -> dict[Node, tuple[str, str]
             boxes[node] = ("input" if node.op == "placeholder" else "output", node.name)
         elif node.target is torch.ops.aten.copy_.default and CACHE in node.args[0].meta:
             boxes[node] = ("cache", node.args[0].name)
-        elif node.target is guard:
+        elif node.target in (guard, restore):
             boxes[node] = ("guard", node.name)
         elif str(node.target).startswith("smoothcache."):
             boxes[node] = ("kernel", f"{node.target}".split(".")[1] + f" {node.name}")

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ..calibration.calibration import Calibration
+from ..calibration.measurements import GRAINS
 from ..calibration.products import Products
 from ..calibration.segments import reach
 from ..calibration.site_errors import SiteErrors
-from ..checks import function, scalar, whole_number
+from ..checks import function, one_of, scalar, whole_number
 from ..errors import CalibrationError
 from ..runtime.calls import StepClock
 from ..runtime.clock import agreed
@@ -36,6 +37,7 @@ def calibrate(
     steps: int | None = None,
     calls_per_step: int | None = None,
     history_device: torch.device | str | None = None,
+    grain: str = "branch",
     progress: bool = True,
 ) -> Calibration:
     """Measure how much the sites' outputs change between steps, over whole sampling runs.
@@ -67,6 +69,8 @@ def calibrate(
         history_device: where the outputs of every site are kept (the model's device by default): 8 steps' by default,
             ``lags`` without ``order``. A step's take ``batch * tokens * width * bytes per element`` a branch, as the
             caches of a schedule do. ``"cpu"`` spares the device's memory and takes longer.
+        grain: ``branch``, or ``stack`` to measure the longest runs of blocks as one (those that ``explain`` lists), and
+            branches outside of them; schedules made of the calibration then cache them so.
         progress: show a progress bar (needs tqdm).
 
     Returns:
@@ -93,6 +97,7 @@ def calibrate(
     if isinstance(order, bool) or (order is not None and order not in range(HIGHEST_ORDER + 1)):
         raise CalibrationError(f"order is {order!r}, expected 0, 1 or 2, or None for the paper's rule alone")
     device = None if history_device is None else _device(history_device)
+    one_of(grain, "grain", GRAINS, CalibrationError)
     if callable(schedule):
         along = functools.partial(
             calibrate,
@@ -103,6 +108,7 @@ def calibrate(
             steps=steps,
             calls_per_step=calls_per_step,
             history_device=history_device,
+            grain=grain,
             progress=progress,
         )
         return _settled(along, schedule, rounds)
@@ -115,7 +121,7 @@ def calibrate(
     metadata = {"model": type(model_or_pipeline).__name__}
 
     def recorder(model: torch.nn.Module, clock: StepClock) -> Recorder:
-        return Recorder(model, clock, lags, device, farthest, schedule)
+        return Recorder(model, clock, lags, device, farthest, schedule, grain)
 
     with observing(model_or_pipeline, recorder, steps, calls_per_step, progress) as observed:
         sample(model_or_pipeline)
@@ -124,7 +130,7 @@ def calibrate(
         raise CalibrationError(f"the sampler takes {total} steps, the schedule to be followed has {schedule.steps}")
     recorder_bytes = sum(recorder.history_bytes for recorder in observed.recorders)
     log.info("calibration kept %.1f MiB of outputs", recorder_bytes / 2**20)
-    return _gather(observed.recorders, total, metadata, agreed(observed.sequences(), total))
+    return _gather(observed.recorders, total, metadata, agreed(observed.sequences(), total), grain)
 
 
 def _device(wanted: torch.device | str) -> torch.device:
@@ -152,7 +158,11 @@ def _settled(along: Callable[..., Calibration], plan: Callable[[Calibration], Sc
 
 
 def _gather(
-    recorders: Sequence[Recorder], steps: int, metadata: dict[str, str], timesteps: Sequence[float] | None
+    recorders: Sequence[Recorder],
+    steps: int,
+    metadata: dict[str, str],
+    timesteps: Sequence[float] | None,
+    grain: str,
 ) -> Calibration:
     """All observations per site; denoisers of one pipeline may have sites of one name, seen at different steps."""
     infos = {name: info for recorder in recorders for name, info in recorder.recorded.sites.items()}
@@ -170,4 +180,4 @@ def _gather(
         sites.append(errors)
     effects = EffectSums.together([recorder.effects for recorder in recorders], steps, farthest) if farthest else None
     history_bytes = sum(recorder.history_bytes for recorder in recorders)
-    return Calibration(steps, lags, sites, history_bytes, metadata, effects, timesteps=timesteps)
+    return Calibration(steps, lags, sites, history_bytes, metadata, effects, timesteps=timesteps, grain=grain)

@@ -13,11 +13,12 @@ from ..schedules.schedule import Schedule
 
 
 class Candidate(NamedTuple):
-    """A schedule to try: where its rows come from, itself, and its predicted error."""
+    """A schedule to try: where its rows come from, itself, its predicted error, and what it caches as one."""
 
     rows: str
     schedule: Schedule
     predicted: float
+    grain: str
 
 
 def affordable_steps(calibration: Calibration, compute: float) -> int:
@@ -43,7 +44,7 @@ def candidates_for(calibration: Calibration, count: int, orders: Sequence[int]) 
         for rows, schedule in _with_other_rows(optimal, count, order):
             predicted = calibration.predicted_error(schedule)
             if math.isfinite(predicted):
-                found.setdefault(schedule, Candidate(rows, schedule, predicted))
+                found.setdefault(schedule, Candidate(rows, schedule, predicted, calibration.grain))
     return sorted(found.values(), key=lambda candidate: candidate.predicted)
 
 

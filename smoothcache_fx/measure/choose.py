@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..calibration.calibration import Calibration
+from ..calibration.measurements import GRAINS
 from ..calibration.optimal import require_effects
 from ..checks import function, instance, number_of, some_of, whole_number
 from ..compiled.compiler import compile, remove
@@ -33,12 +34,14 @@ class Trial:
         schedule: itself.
         predicted: `Calibration.predicted_error`.
         metric: what was measured.
+        grain: ``branch`` or ``stack``.
     """
 
     rows: str
     schedule: Schedule
     predicted: float
     metric: float
+    grain: str
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Choice(Printable):
         metric: what was measured of it; infinite where it computes everything.
         trials: all that were sampled with, in that order.
         trajectories: calls of ``sample``, the calibration's among them.
-        calibration: with sensitivities; for schedules of other budgets.
+        calibration: of the chosen grain, with sensitivities; for schedules of other budgets.
     """
 
     schedule: Schedule
@@ -60,12 +63,12 @@ class Choice(Printable):
     calibration: Calibration
 
     def __str__(self) -> str:
-        table = [("rows", "order", "compute", "predicted error", "metric", "")]
+        table = [("grain", "rows", "order", "compute", "predicted error", "metric", "")]
         for trial in self.trials:
             schedule = trial.schedule
             chosen = "chosen" if schedule is self.schedule else ""
             figures = f"{schedule.compute_fraction:.2f}", f"{trial.predicted:.4f}", f"{trial.metric:.4g}"
-            table.append((trial.rows, str(schedule.order), *figures, chosen))
+            table.append((trial.grain, trial.rows, str(schedule.order), *figures, chosen))
         end = "" if any(trial.schedule is self.schedule for trial in self.trials) else "\nchosen: compute everything"
         return f"{format_table(table)}{end}\n({self.trajectories} runs of sample)"
 
@@ -78,6 +81,7 @@ def choose(
     at_least: float | None = None,
     metric: Metric | None = None,
     orders: Sequence[int] = (0, 1, 2),
+    grains: Sequence[str] = ("branch",),
     lags: int = 5,
     trajectories: int = 20,
     probes: int = 4,
@@ -88,11 +92,12 @@ def choose(
     progress: bool = True,
     **options: Any,
 ) -> Choice:
-    """Pick rows and order by measuring: the best schedule for a budget, or the cheapest that is good enough.
+    """Pick rows, order and grain by measuring: the best schedule for a budget, or the cheapest that is good enough.
 
-    ``sample`` is run uncached to calibrate, ``probes + 1`` times for sensitivities, and once with each schedule that
-    is tried: of each order the optimal rows, evenly spaced ones, and every n-th step, the last too if the budget has
-    room for it; those of the least predicted error first. All sites share a row. Afterwards the model is as it was.
+    For each grain ``sample`` is run uncached to calibrate, and ``probes + 1`` times for sensitivities; then once with
+    each schedule that is tried: of each order the optimal rows, evenly spaced ones, and every n-th step, the last too
+    if the budget has room for it; those of the least predicted error first. All sites share a row. Afterwards the model
+    is as it was.
 
     Args:
         model_or_pipeline: in eval mode and not compiled, as for ``compile``.
@@ -103,12 +108,14 @@ def choose(
         metric: a function of what ``sample`` returned uncached and cached, the higher the better; by default the PSNR
             in dB.
         orders: of the forecasts that are tried, of 0 to 2.
+        grains: what schedules that are tried cache as one: ``branch``, ``stack`` (the longest runs of blocks), or both.
+            Each grain is calibrated by itself.
         lags: the longest reuse.
         trajectories: how often ``sample`` may be run in all.
         probes: steps probed for sensitivities.
         calibration: in place of calibrating and probing, such as ``Choice.calibration`` of the same ``sample`` for
-            another budget; ``sample`` is run uncached once all the same, to compare with. ``lags`` and ``probes`` then
-            have no effect.
+            another budget; ``sample`` is run uncached once all the same, to compare with. ``grains``, ``lags`` and
+            ``probes`` then have no effect.
         steps: of a trajectory, if they cannot be seen from the timesteps.
         calls_per_step, backend, options: as for ``compile``. The default backend compiles nothing.
         progress: show progress bars (needs tqdm).
@@ -133,30 +140,38 @@ def choose(
     orders = some_of(orders, "orders", range(HIGHEST_ORDER + 1), CalibrationError)
     if not orders:
         raise CalibrationError("orders is empty, expected some of 0, 1 and 2")
+    grains = list(dict.fromkeys(some_of(grains, "grains", GRAINS, CalibrationError)))
+    if not grains:
+        raise CalibrationError("grains is empty, expected 'branch', 'stack' or both")
     probes = whole_number(probes, "probes", 1, CalibrationError)
     trajectories = whole_number(trajectories, "trajectories", 1, CalibrationError)
     if calibration is not None:
         instance(calibration, "calibration", Calibration, "calibrate makes one, and Calibration.load reads it")
-    before = probes + 2 if calibration is None else 1
+    before = (probes + 2) * len(grains) if calibration is None else 1
     if not trajectories > before:
         raise CalibrationError(
             f"trajectories is {trajectories}, of which calibration and probes take {before}: none is left to try a "
             "schedule with; allow more, or probe less"
         )
     if calibration is None:
-        calibration, reference = _calibrated(
-            model_or_pipeline,
-            sample,
-            probes=probes,
-            calls_per_step=calls_per_step,
-            progress=progress,
-            lags=lags,
-            order=max(orders),
-            steps=steps,
-        )
+        found = [
+            _calibrated(
+                model_or_pipeline,
+                sample,
+                probes=probes,
+                calls_per_step=calls_per_step,
+                progress=progress,
+                lags=lags,
+                order=max(orders),
+                steps=steps,
+                grain=grain,
+            )
+            for grain in grains
+        ]
+        calibrations, reference = [one for one, _ in found], found[0][1]
     else:
         require_effects(calibration, max(orders))
-        reference = sample(model_or_pipeline)
+        calibrations, reference = [calibration], sample(model_or_pipeline)
 
     def run(schedule: Schedule) -> Any:
         compile(model_or_pipeline, schedule, backend=backend, calls_per_step=calls_per_step, **options)
@@ -166,10 +181,11 @@ def choose(
             remove(model_or_pipeline)
 
     trials = Trials(run, reference, metric, most=trajectories - before)
-    best = trials.best(calibration, orders, wanted) if at_least is None else trials.least(calibration, orders, wanted)
-    schedule = Schedule.uniform(calibration.steps, 1) if best is None else best.schedule
+    best = trials.best(calibrations, orders, wanted) if at_least is None else trials.least(calibrations, orders, wanted)
+    schedule = Schedule.uniform(calibrations[0].steps, 1) if best is None else best.schedule
     value = math.inf if best is None else best.metric
-    return Choice(schedule, value, tuple(trials.made), before + len(trials.made), calibration)
+    chosen = next((one for one in calibrations if best is not None and one.grain == best.grain), calibrations[0])
+    return Choice(schedule, value, tuple(trials.made), before + len(trials.made), chosen)
 
 
 def _calibrated(
@@ -221,21 +237,28 @@ class Trials:
         """Trials of at most ``most`` candidates, one after the other, while there are runs left."""
         for candidate in itertools.islice(candidates, min(most, self.left)):
             value = float(self._measure(self._run(candidate.schedule)))
-            self.made.append(Trial(candidate.rows, candidate.schedule, candidate.predicted, value))
+            self.made.append(Trial(candidate.rows, candidate.schedule, candidate.predicted, value, candidate.grain))
             yield self.made[-1]
 
-    def best(self, calibration: Calibration, orders: Sequence[int], compute: float) -> Trial:
+    def best(self, calibrations: Sequence[Calibration], orders: Sequence[int], compute: float) -> Trial:
         """The best of all candidates for a budget."""
-        candidates = candidates_for(calibration, affordable_steps(calibration, compute), orders)
+        candidates = [
+            candidate
+            for calibration in calibrations
+            for candidate in candidates_for(calibration, affordable_steps(calibration, compute), orders)
+        ]
+        candidates.sort(key=lambda candidate: candidate.predicted)
         return max(self.of(candidates, self._most), key=lambda trial: trial.metric)
 
-    def least(self, calibration: Calibration, orders: Sequence[int], at_least: float) -> Trial | None:
+    def least(self, calibrations: Sequence[Calibration], orders: Sequence[int], at_least: float) -> Trial | None:
         """The one that computes the fewest steps of those that are good enough, by bisection; None for all steps."""
         found = None
-        fewest, most = math.ceil(calibration.steps / (calibration.lags + 1)), calibration.steps
+        fewest, most = math.ceil(calibrations[0].steps / (calibrations[0].lags + 1)), calibrations[0].steps
         while fewest < most and self.left:
             count = (fewest + most) // 2
-            trials = self.of(candidates_for(calibration, count, orders), TRIED)
+            candidates = [one for calibration in calibrations for one in candidates_for(calibration, count, orders)]
+            candidates.sort(key=lambda candidate: candidate.predicted)
+            trials = self.of(candidates, TRIED)
             good = next((trial for trial in trials if trial.metric >= at_least), None)
             if good is None:
                 fewest = count + 1

@@ -18,6 +18,7 @@ from ..capture.variants import GraphBuilder
 from ..errors import CalibrationError
 from ..kernels.relative_l1 import relative_l1
 from ..passes.forecast import forecast
+from ..passes.names import STACK
 from ..passes.observe import observe
 from ..runtime.binding import Binding
 from ..runtime.calls import ModelCall, Moment, StepClock
@@ -149,8 +150,10 @@ class Recorder(Session):
         history_device: torch.device | None,
         reach: int = 0,
         followed: Schedule | None = None,
+        grain: str = "branch",
     ) -> None:
-        super().__init__(Schedule(steps=1), inner_compiler("eager", None, None, None), clock, root)
+        sites = Schedule(1, {STACK: (1,)} if grain == STACK else {})
+        super().__init__(sites, inner_compiler("eager", None, None, None), clock, root)
         self.lags = lags
         self.reach = reach
         self.followed = followed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +27,8 @@ class Prober(Recorder):
     probe: tuple[int, str | None] | None = None
     calls_again = True
 
-    def __init__(self, root: torch.nn.Module, clock: StepClock) -> None:
-        super().__init__(root, clock, lags=1, history_device=None)
+    def __init__(self, root: torch.nn.Module, clock: StepClock, grain: str) -> None:
+        super().__init__(root, clock, lags=1, history_device=None, grain=grain)
 
     def call_again(self, forward: Callable[[], Any], output: Any) -> Any:
         """The output, or at the probed step that of a call whose sites are read from the step before."""
@@ -94,7 +95,8 @@ def measure_sensitivity(
             recorder.probe = probe
         return as_vector(sample(model_or_pipeline))
 
-    with observing(model_or_pipeline, Prober, steps, calls_per_step, progress) as observed:
+    prober = functools.partial(Prober, grain=calibration.grain)
+    with observing(model_or_pipeline, prober, steps, calls_per_step, progress) as observed:
         plain = run(None)
         if observed.steps() != steps:
             raise CalibrationError(f"the sampler takes {observed.steps()} steps, the calibration has {steps}")

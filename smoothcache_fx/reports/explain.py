@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -20,12 +21,13 @@ from ..capture.program import Program
 from ..capture.session import Session, breaks_of, share_outside
 from ..capture.variants import GraphBuilder
 from ..capture.ways import Traced
-from ..checks import instance
+from ..checks import byte_count, instance
 from ..compiled.forward import ForwardPlace, check_inference, compiled_forwards, forward_of, no_sites_error
 from ..errors import CompiledError
 from ..graphs.tables import Printable, format_bytes, format_flops, format_table
 from ..passes.facts import tensor_value
 from ..passes.flops import concrete
+from ..passes.stacks import as_site, find_stacks
 from ..runtime.calls import ModelCall
 from ..runtime.clock import Clock
 from ..runtime.pipelines import first_calls, is_pipeline
@@ -59,6 +61,28 @@ class SiteExplanation:
 
 
 @dataclass(frozen=True)
+class StackExplanation:
+    """A run of blocks that can be cached as one, in one call of the model.
+
+    Attributes:
+        name: what selects it: `transformer_blocks.0-18`.
+        branches: how many it holds.
+        shapes: of the cached values, one per residual stream.
+        flops: work that is saved when it is reused.
+        cache_bytes: memory for one stream of calls.
+        begins, ends: why it holds no earlier and no later block.
+    """
+
+    name: str
+    branches: int
+    shapes: tuple[tuple[int, ...], ...]
+    flops: int
+    cache_bytes: int
+    begins: str
+    ends: str
+
+
+@dataclass(frozen=True)
 class AddExplanation:
     """An add of two tensors that is no site's: its name in the graph, the reason, the module and the source line."""
 
@@ -74,7 +98,9 @@ class Explanation(Printable):
 
     Attributes:
         model: name of the model's class.
-        sites, adds: what can be cached, and adds that were looked at and not taken.
+        sites, adds: the branches that can be cached, and adds that were looked at and not taken.
+        stacks: the longest runs of blocks that can be cached as one, as the selector `stack` takes them.
+        unstacked: blocks that are in none, and why.
         graphs: graphs that the model was captured as.
         flops: of one uncached call.
         breaks: lines of the model that broke the graph, with the reason, and how many graphs ended there.
@@ -92,10 +118,12 @@ class Explanation(Printable):
     lost_share: float = 0.0
     whole: tuple[str, ...] = ()
     prediction: Prediction | None = None
+    stacks: list[StackExplanation] = field(default_factory=list)
+    unstacked: dict[str, str] = field(default_factory=dict)
 
     @property
     def cache_bytes(self) -> int:
-        """Memory for one stream if all sites are cached."""
+        """Memory for one stream if all branches are cached."""
         return sum(site.cache_bytes for site in self.sites)
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,16 +158,29 @@ class Explanation(Printable):
             )
         inside = sum(site.flops for site in self.sites)
         lines = [
-            f"{self.model}: {len(self.sites)} sites in {self.graphs} graph{'s' if self.graphs != 1 else ''}",
+            f"{self.model}: {len(self.sites)} branches in {self.graphs} graph{'s' if self.graphs != 1 else ''}",
             format_table(rows),
-            f"{format_flops(self.flops)} a call, {inside / max(1, self.flops):.1%} of it in sites, "
+            f"{format_flops(self.flops)} a call, {inside / max(1, self.flops):.1%} of it in branches, "
             + f"{format_bytes(self.cache_bytes)} of cache a stream",
+            *self._stacks(),
         ]
         if self.prediction is not None:
             lines.append(str(self.prediction))
         lines.extend(describe_breaks(self.breaks, self.lost_share, self.whole))
         lines.extend(self._rejected())
         return "\n".join(lines)
+
+    def _stacks(self) -> Iterator[str]:
+        if self.stacks:
+            rows = [("stack", "branches", "streams", "FLOPs", "share", "cache", "ends at")]
+            for one in self.stacks:
+                share = f"{one.flops / max(1, self.flops):.1%}"
+                streams = " + ".join(str(list(shape)) for shape in one.shapes)
+                size = format_bytes(one.cache_bytes)
+                rows.append((one.name, str(one.branches), streams, format_flops(one.flops), share, size, one.ends))
+            yield format_table(rows)
+        for name, reason in self.unstacked.items():
+            yield f"{name} is in no stack: {reason}"
 
     def _rejected(self) -> Iterator[str]:
         by_reason: dict[str, list[AddExplanation]] = {}
@@ -152,7 +193,13 @@ class Explanation(Printable):
             yield f"  {len(adds)}: {reason}{example}"
 
 
-def explain(model_or_pipeline: Any, *args: Any, schedule: Schedule | None = None, **kwargs: Any) -> Explanation:
+def explain(
+    model_or_pipeline: Any,
+    *args: Any,
+    schedule: Schedule | None = None,
+    max_cache_bytes: int | str | None = None,
+    **kwargs: Any,
+) -> Explanation:
     """What could be cached in the model, for these inputs.
 
     A model that is one graph is captured and not run: nothing is computed, and weights and inputs may be fake or on
@@ -165,6 +212,8 @@ def explain(model_or_pipeline: Any, *args: Any, schedule: Schedule | None = None
             were called; names then begin with the component's, and ``schedule`` is taken as if both were called at
             every step.
         schedule: also predict what it costs and saves.
+        max_cache_bytes: as for ``compile``, of the schedule's caches in one stream of calls: the prediction is of what
+            would fit.
 
     Raises:
         TypeError: it is neither a module nor a pipeline, or a pipeline was given without a function.
@@ -184,7 +233,10 @@ def explain(model_or_pipeline: Any, *args: Any, schedule: Schedule | None = None
                 "explain(pipe, lambda pipe: pipe(prompt)), from whose first call of the denoiser the inputs are taken"
             )
         calls = first_calls(model_or_pipeline, args[0])
-        found = {name: explain(model, *a, schedule=schedule, **k) for name, (model, a, k) in calls.items()}
+        found = {
+            name: explain(model, *a, schedule=schedule, max_cache_bytes=max_cache_bytes, **k)
+            for name, (model, a, k) in calls.items()
+        }
         return next(iter(found.values())) if len(found) == 1 else _together(found)
     model = model_or_pipeline
     if schedule is not None:
@@ -192,15 +244,33 @@ def explain(model_or_pipeline: Any, *args: Any, schedule: Schedule | None = None
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module or a pipeline, got {type(model).__name__}")
     check_inference(model, args, kwargs)
+    limit = None if max_cache_bytes is None else byte_count(max_cache_bytes, "max_cache_bytes")
+    if limit is not None and schedule is None:
+        raise ValueError("max_cache_bytes is given without a schedule, and so there are no caches to fit into it")
     with torch.no_grad():
-        history = Schedule(steps=1)
-        if schedule is not None:
-            history = Schedule(1, order=schedule.highest_order, history_dtype=schedule.history_dtype)
-        session = _captured_only(model, history, args, kwargs) or _captured_and_run(model, history, args, kwargs)
+        session = _captured(model, schedule, limit, args, kwargs)
+        merged = schedule is not None and (limit is not None or schedule.has_stacks)
+        stacks = _captured(model, None, None, args, kwargs) if merged else session
     try:
-        return _explain_session(model, session, schedule)
+        found = _explain_session(model, stacks)
+        if schedule is not None:
+            found.prediction = predict(session.programs, schedule)
+        return found
     finally:
         session.close()
+        stacks.close()
+
+
+def _captured(
+    model: torch.nn.Module,
+    schedule: Schedule | None,
+    limit: int | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Session:
+    """The model's graphs, with the caches and the stacks of a schedule."""
+    new = functools.partial(_new_session, model=model, schedule=schedule or Schedule(1), limit=limit)
+    return _captured_only(model, new, args, kwargs) or _captured_and_run(model, new, args, kwargs)
 
 
 def _together(found: Mapping[str, Explanation]) -> Explanation:
@@ -222,6 +292,8 @@ def _together(found: Mapping[str, Explanation]) -> Explanation:
         lost_share=max(one.lost_share for one in each),
         whole=tuple(name for one in each for name in one.whole),
         prediction=predictions_together(predictions, weights) if predictions else None,
+        stacks=[replace(stack, name=f"{name}: {stack.name}") for name, one in found.items() for stack in one.stacks],
+        unstacked={f"{name}: {block}": why for name, one in found.items() for block, why in one.unstacked.items()},
     )
 
 
@@ -249,21 +321,21 @@ class _CaptureSession(Session):
         return _NotRun()
 
 
-def _new_session(kind: type[Session], model: torch.nn.Module, history: Schedule) -> Session:
+def _new_session(kind: type[Session], model: torch.nn.Module, schedule: Schedule, limit: int | None) -> Session:
     clock = Clock(1)
-    session = kind(history, inner_compiler("eager", None, None, None), clock, model)
+    session = kind(schedule, inner_compiler("eager", None, None, None), clock, model, limit)
     session.current.call = ModelCall(clock.tick())
     return session
 
 
 def _captured_only(
-    model: torch.nn.Module, history: Schedule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: torch.nn.Module, new: Callable[[type[Session]], Session], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Session | None:
     """The model's session after capture, or None if it is not one graph. Python between graphs may read values."""
     place, compiled = ForwardPlace(model), forward_of(model)
     if place.attribute != "forward":
         return None  # hooks move weights and inputs to where they can be captured
-    session = _new_session(_CaptureSession, model, history)
+    session = new(_CaptureSession)
     forward = place.forward if compiled is None else compiled.original
     try:
         _torch.dynamo_compile(forward, session, fullgraph=True)(*args, **kwargs)
@@ -276,15 +348,15 @@ def _captured_only(
 
 
 def _captured_and_run(
-    model: torch.nn.Module, history: Schedule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: torch.nn.Module, new: Callable[[type[Session]], Session], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Session:
-    session = _new_session(Session, model, history)
+    session = new(Session)
     with _forward_replaced(model, session) as forward:
         forward(*args, **kwargs)
     return session
 
 
-def _explain_session(model: torch.nn.Module, session: Session, schedule: Schedule | None) -> Explanation:
+def _explain_session(model: torch.nn.Module, session: Session) -> Explanation:
     programs = session.programs
     sites = [
         _explain_site(program, index, info)
@@ -295,6 +367,7 @@ def _explain_session(model: torch.nn.Module, session: Session, schedule: Schedul
     if not sites:
         raise no_sites_error(model, session)
     breaks = breaks_of(session)
+    stacks, unstacked = _explain_stacks(session)
     return Explanation(
         model=type(model).__name__,
         sites=sites,
@@ -308,8 +381,35 @@ def _explain_session(model: torch.nn.Module, session: Session, schedule: Schedul
         breaks=breaks,
         lost_share=share_outside(session) if breaks else 0.0,
         whole=session.capture.whole,
-        prediction=None if schedule is None else predict(programs, schedule),
+        stacks=stacks,
+        unstacked=unstacked,
     )
+
+
+def _explain_stacks(session: Session) -> tuple[list[StackExplanation], dict[str, str]]:
+    """The stacks of all graphs, by their names at each place where a graph runs; and the blocks in none."""
+    stacks: list[StackExplanation] = []
+    unstacked: dict[str, str] = {}
+    for program in session.programs:
+        found, missed = find_stacks(program.builder.captured.graph, program.builder.branches)
+        sites = {stack: as_site(stack, program.builder.branches) for stack in found}
+        for binding in program.bindings:
+            names = program.names_of(binding, list(sites.values()))
+            for stack, site in sites.items():
+                shapes = tuple(tuple(map(concrete, tensor_value(node).shape)) for node in stack.exits)
+                stacks.append(
+                    StackExplanation(
+                        names[site],
+                        len(stack.sites),
+                        shapes,
+                        site.flops,
+                        site.cache_bytes,
+                        stack.begins,
+                        stack.ends,
+                    )
+                )
+        unstacked |= {str(one.block): one.reason for one in missed}
+    return stacks, unstacked
 
 
 @contextlib.contextmanager

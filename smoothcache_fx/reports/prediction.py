@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
+from ..capture.budget import row_of
 from ..capture.program import Program
 from ..capture.session import plan_sites
 from ..graphs.tables import format_bytes
 from ..passes.flops import count_flops
+from ..passes.names import STACK
 from ..passes.narrow import narrow
 from ..passes.traffic import count_bytes
 from ..plots import plot_costs
@@ -28,6 +30,7 @@ class Prediction:
         byte_ratio: the same of the bytes that must be moved: weights, inputs and outputs of matmuls, caches.
         cache_bytes: memory for one stream: outputs of the sites that are ever reused, with what forecasts look back to.
         step_shares: FLOPs of each step over those of an uncached one.
+        stacks: the runs of blocks that are cached as one, because the schedule says so or ``max_cache_bytes`` does.
     """
 
     variants: int
@@ -35,6 +38,7 @@ class Prediction:
     byte_ratio: float
     cache_bytes: int
     step_shares: tuple[float, ...]
+    stacks: tuple[str, ...] = ()
 
     @property
     def speedup(self) -> tuple[float, float]:
@@ -58,6 +62,7 @@ class Prediction:
         return (
             f"with this schedule: {variants}, MAC ratio {self.mac_ratio:.2f}, predicted speed-up {low:.2f} to "
             f"{high:.2f}, {format_bytes(self.cache_bytes)} of cache a stream"
+            + (f"; cached as one: {', '.join(self.stacks)}" if self.stacks else "")
         )
 
 
@@ -70,12 +75,7 @@ def predict(programs: Sequence[Program], schedule: Schedule) -> Prediction:
         costs: dict[Mask, tuple[int, int]] = {}
         for binding in program.bindings:
             plan = plan_sites(schedule, binding.sites)
-            orders = plan.orders or [0] * len(binding.sites)
-            cache_bytes += sum(
-                site.cache_bytes + order * site.slot_bytes
-                for i, (site, order) in enumerate(zip(binding.sites, orders, strict=True))
-                if plan.store >> i & 1
-            )
+            cache_bytes += binding.stream_bytes
             for step in range(schedule.steps):
                 mask = plan.mask(plan.compute[step])
                 if mask not in costs:
@@ -93,6 +93,13 @@ def predict(programs: Sequence[Program], schedule: Schedule) -> Prediction:
         byte_ratio=uncached_bytes * schedule.steps / max(1, sum(moved)),
         cache_bytes=cache_bytes,
         step_shares=tuple(cost / max(1, uncached_flops) for cost in flops),
+        stacks=tuple(
+            site.name
+            for program in programs
+            for binding in program.bindings
+            for site in binding.sites
+            if site.kind == STACK and not all(row_of(schedule, site))
+        ),
     )
 
 
@@ -106,4 +113,5 @@ def predictions_together(predictions: Sequence[Prediction], flops: Sequence[int]
         byte_ratio=1 / sum(weight / one.byte_ratio for weight, one in zip(weights, predictions, strict=True)),
         cache_bytes=sum(one.cache_bytes for one in predictions),
         step_shares=tuple(sum(w * share for w, share in zip(weights, step, strict=True)) for step in shares),
+        stacks=tuple(name for one in predictions for name in one.stacks),
     )

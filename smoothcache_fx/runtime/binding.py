@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Binding:
         self.plan = plan
         self.buffer_count = buffer_count
         self.streams: dict[Hashable, Stream] = {}
+        #: Called with the bytes of caches that are to be allocated, if they are limited.
+        self.make_room: Callable[[int], None] | None = None
         self.calls: Counter[tuple[Mask, int]] = Counter()
         self.planned: Counter[int] = Counter()
         #: Site calls that were computed beyond the plan, by reason and step.
@@ -88,7 +90,10 @@ class Binding:
         What stores takes the slot at the ring's head.
         """
         places = [self._place(stream, mask, buffer) for buffer in variant.buffers]
-        for buffer in places:
+        missing = [buffer for buffer in places if stream.buffers[buffer] is None]
+        if missing and self.make_room is not None:
+            self.make_room(sum(builder.size_of(buffer, inputs) for buffer in missing))
+        for buffer in missing:
             if stream.buffers[buffer] is None:
                 stream.buffers[buffer] = builder.allocate(buffer, inputs)
                 if mask.orders:
@@ -150,6 +155,16 @@ class Binding:
             stream.heads = tuple(heads)
         stream.last_step = step
         self.planned[self.plan.compute[step]] += 1
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of one stream's buffers once all that the plan stores has been stored."""
+        orders = self.plan.orders or (0,) * len(self.sites)
+        return sum(
+            site.cache_bytes + order * site.slot_bytes
+            for index, (site, order) in enumerate(zip(self.sites, orders, strict=True))
+            if self.plan.store >> index & 1
+        )
 
     @property
     def cache_bytes(self) -> int:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import ScheduleError
+
 if TYPE_CHECKING:
     from .binding import Binding
     from .variant import Variant
@@ -61,7 +63,9 @@ class CacheKeeper:
     they are, but together no more bytes than one trajectory has taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        #: Bytes that all caches may take; None if there is no limit.
+        self.limit = limit
         self._bindings: weakref.WeakSet[Binding] = weakref.WeakSet()
         self._latest: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -69,6 +73,32 @@ class CacheKeeper:
     def add(self, binding: Binding) -> None:
         with self._lock:
             self._bindings.add(binding)
+
+    def make_room(self, needed: int) -> None:
+        """Before caches are allocated. Idle ones are freed if that helps.
+
+        Raises:
+            ScheduleError: with ``needed`` bytes more the caches would be beyond the limit.
+        """
+        if self.limit is None or self._taken() + needed <= self.limit:
+            return
+        with self._lock:
+            for binding in self._bindings:
+                for key, stream in list(binding.streams.items()):
+                    if stream.called != self._latest.get(stream.lane):
+                        binding.streams.pop(key)
+        taken = self._taken()
+        if taken + needed > self.limit:
+            streams = max((len(binding.streams) for binding in self._bindings), default=1)
+            raise ScheduleError(
+                f"caches of {taken} bytes are in use, {needed} more are needed, and max_cache_bytes is {self.limit}: "
+                f"{streams} streams of calls have their own caches, such as the calls with and without a prompt. Allow "
+                "more, take a schedule of stacks or of a lower order, or give calls_per_step, so that the plan counts "
+                "them"
+            )
+
+    def _taken(self) -> int:
+        return sum(binding.cache_bytes for binding in list(self._bindings))
 
     def begins(self, trajectory: int, lane: int) -> None:
         """A stream of a trajectory begins; the first one of it frees what is idle."""

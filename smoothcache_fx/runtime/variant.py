@@ -6,9 +6,17 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+
+
+class SiteName(NamedTuple):
+    """What selectors look at."""
+
+    name: str
+    group: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class SiteInfo:
     slot_bytes: int = 0
     #: Those of its buffers that hold a difference of outputs.
     differences: frozenset[int] = frozenset()
+    #: The branches of a stack, which are not cached for themselves.
+    holds: tuple[SiteName, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,8 @@ class VariantBuilder(Protocol):
     def holds_for(self, inputs: Sequence[Any]) -> bool: ...
 
     def allocate(self, buffer: int, inputs: Sequence[Any]) -> torch.Tensor: ...
+
+    def size_of(self, buffer: int, inputs: Sequence[Any]) -> int: ...
 
     def coefficients(self, values: Sequence[float]) -> torch.Tensor: ...
 

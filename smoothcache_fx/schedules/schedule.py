@@ -13,11 +13,12 @@ from typing import Any
 
 from ..checks import numbers_of, some_of, whole_number
 from ..errors import ScheduleError
+from ..passes.names import STACK, BlockRange
 from .clusters import variants_of
 from .files import check_header, read_object
 from .html import schedule_html
 from .rows import compute_fraction, last_compute, row_of, selector_of, times_of, weights_of
-from .selectors import KINDS, SiteLike, specificity
+from .selectors import KINDS, SiteLike, block_range, check_overlaps, selects_stacks, specificity
 
 __all__ = ["KINDS", "Schedule", "last_compute"]
 
@@ -42,7 +43,9 @@ class Schedule:
             name (`blocks.3.attn1`), a group or glob (`blocks.*.attn1`, `*.attn1`; `*` stands for any
             characters) or a kind (`attn`, `cross_attn`, `ffn`, `attn_ffn`). The most specific one wins: name,
             then glob, then kind; among globs the one with the most literal characters. A site that nothing
-            selects is computed at every step.
+            selects is computed at every step. Runs of blocks are cached as one by `stack`, which takes the longest
+            runs that `explain` lists, or by a range of blocks, `transformer_blocks.2-27`; kinds of branches then
+            select branches outside of them.
         order: degree, 0 to 2, of the polynomial in the step through the last computed outputs that a reused branch
             follows (TaylorSeer, arXiv 2503.06923, but exact for uneven gaps). 0 repeats the last output; 1 needs
             twice and 2 three times its memory. One number, or selector -> order for those that forecast; fewer
@@ -89,6 +92,7 @@ class Schedule:
                 f"such as {{'attn': [1, 0, ...]}}"
             )
         rows = {selector_of(key): row_of(key, row, steps) for key, row in self.compute.items()}
+        check_overlaps(dict.fromkeys((*rows, *(order if isinstance(order, Mapping) else ()))))
         flops = None if self.flops is None else MappingProxyType(weights_of(self.flops, rows))
         checked = {
             "steps": steps,
@@ -126,6 +130,10 @@ class Schedule:
         """
         return _select(self.order, site, "orders", 0) if isinstance(self.order, Mapping) else self.order
 
+    def selects(self, site: SiteLike) -> bool:
+        """Whether a selector of rows selects `site`."""
+        return any(specificity(key, site) is not None for key in self.compute)
+
     @property
     def highest_order(self) -> int:
         """The highest of all orders."""
@@ -145,6 +153,16 @@ class Schedule:
         return list(dict.fromkeys((*self.compute, *(self.order if isinstance(self.order, Mapping) else ()))))
 
     @property
+    def block_ranges(self) -> tuple[BlockRange, ...]:
+        """The ranges of blocks among the selectors."""
+        return tuple(found for key in self.compute if (found := block_range(key)) is not None)
+
+    @property
+    def has_stacks(self) -> bool:
+        """Whether a selector stands for runs of blocks."""
+        return any(map(selects_stacks, self.compute))
+
+    @property
     def compute_fraction(self) -> float:
         """Share of the branches' FLOPs that a trajectory computes, in (0, 1].
 
@@ -161,7 +179,8 @@ class Schedule:
 
     @classmethod
     def uniform(cls, steps: int, interval: int, kinds: Sequence[str] = KINDS) -> Schedule:
-        """FORA (arXiv 2407.01425): sites of `kinds` are computed at the steps that `interval` divides.
+        """FORA (arXiv 2407.01425): sites of `kinds`, all branches by default, are computed at the steps that `interval`
+        divides.
 
         The last step is computed only if it is one of those, as in the paper.
 
@@ -176,7 +195,7 @@ class Schedule:
         steps = whole_number(steps, "steps", least=1)
         interval = whole_number(interval, "interval", least=1)
         row = tuple(step % interval == 0 for step in range(steps))
-        return cls(steps, dict.fromkeys(some_of(kinds, "kinds", KINDS), row))
+        return cls(steps, dict.fromkeys(some_of(kinds, "kinds", (*KINDS, STACK)), row))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the schedule as JSON, one line per row; `load` gives an equal schedule back.

@@ -123,7 +123,7 @@ class Oracle:
                 raise RuntimeError(f"call {ordinal} of {name!r} in one call of the model is no site's")
             now = float(self._step) if self.times is None else self.times[self._step]
             if site in self.rows and not self.rows[site][self._step]:
-                return _polynomial(self._kept[site, self._stream], now)
+                return polynomial(self._kept[site, self._stream], now)
             self.calls[site] += 1
             output = forward(*args, **kwargs)
             before = self._kept.get((site, self._stream), [])
@@ -133,7 +133,7 @@ class Oracle:
         return cached
 
 
-def _polynomial(kept: list[tuple[float, Any]], now: float) -> Any:
+def polynomial(kept: list[tuple[float, Any]], now: float) -> Any:
     """The outputs' polynomial through their times, at ``now``: its weights solved for; the sum in float32."""
     if len(kept) == 1:
         return _copy(kept[0][1])

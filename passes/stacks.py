@@ -1,0 +1,430 @@
+"""Stacks: runs of blocks that are cached as one, by what the whole run adds to each of its residual streams.
+
+A run of blocks ``transformer_blocks.2-27`` gets its streams from outside (the entries) and hands them on (the exits)::
+
+    img_2, txt_2 ──▶ block 2 ──▶ ... ──▶ block 27 ──▶ img_28, txt_28
+
+With all of its branches at zero every exit would be an entry. What the run adds is the difference, and that is cached:
+where the run is reused, ``img_28`` is ``img_2 + cache_img``, and nothing of the blocks is left.
+
+A run holds as many blocks as nothing outside looks into: whatever its branches lead to and something outside uses must
+be an exit. An output of an inner block ends a run, and so does a sum between two blocks that brings something from
+outside into the stream, as a ControlNet does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch.fx import Graph, Node
+
+from .facts import (
+    FACTORIES,
+    GraphFacts,
+    aten,
+    is_product,
+    is_view_or_cast,
+    module_path,
+    packet,
+    same_sizes,
+    source_line,
+    tensor_value,
+    through_views,
+)
+from .flops import concrete, count_flops
+from .names import STACK, BlockRange, block_of
+from .sites import Site, only_needed_by, output_bytes
+from .sums import addends, is_partial_sum, is_sum, summands
+
+FIRST, LAST = "the first block", "the last block"
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A run of blocks that can be cached as one.
+
+    Attributes:
+        blocks: which.
+        sites: the branches inside.
+        entries: per stream, the value that the run gets.
+        exits: per stream, the value that it hands on.
+        region: the nodes that descend from its branches and lead to an exit.
+        level: how many lists of blocks its own list is inside of.
+        begins, ends: why it holds no earlier and no later block.
+    """
+
+    blocks: BlockRange
+    sites: tuple[Site, ...]
+    entries: tuple[Node, ...]
+    exits: tuple[Node, ...]
+    region: tuple[Node, ...]
+    level: int = 0
+    begins: str = FIRST
+    ends: str = LAST
+
+
+class Unstacked(NamedTuple):
+    """A block that is in no stack, and why."""
+
+    block: BlockRange
+    reason: str
+
+
+def find_stacks(
+    graph: Graph, sites: Sequence[Site], ranges: Iterable[BlockRange] = (), longest: bool = True
+) -> tuple[list[Stack], list[Unstacked]]:
+    """The longest runs within each of the ``ranges``, then, if asked for, those of what is left.
+
+    No two of them share a branch. Blocks are known by the names of their branches. Lists of blocks with more FLOPs go
+    first; a list inside of a block is looked at where the list around it has no run.
+
+    Returns:
+        The stacks in graph order, and the blocks that are in none.
+    """
+    facts = GraphFacts(graph)
+    taken: set[Site] = set()
+    found: list[Stack] = []
+    missed: list[tuple[Unstacked, list[Site]]] = []
+    for wanted in (*ranges, *((None,) if longest else ())):
+        for level in range(_depth(sites)):
+            for container in _containers(sites, level, wanted):
+                blocks = _blocks_of([site for site in sites if site not in taken], level, container, wanted)
+                for one in _runs(facts, sites, taken, container, blocks):
+                    if isinstance(one, Stack):
+                        found.append(replace(one, level=level))
+                        taken.update(one.sites)
+                    else:
+                        missed.append((one, blocks[one.block.first]))
+    found.sort(key=lambda stack: facts.position[stack.exits[0]])
+    return found, [one for one, members in missed if taken.isdisjoint(members)]
+
+
+def as_site(stack: Stack, others: Iterable[Site]) -> Site:
+    """The site of a stack; ``others`` are all sites that are cached beside it."""
+    kept = {output for site in others if site not in stack.sites for output in site.outputs} | set(stack.exits)
+    return Site(
+        name=str(stack.blocks),
+        kind=STACK,
+        outputs=stack.exits,
+        adds=(),
+        gates=((),) * len(stack.exits),
+        region=stack.region,
+        weights=tuple(dict.fromkeys(weight for site in stack.sites for weight in site.weights)),
+        containers=stack.level,
+        flops=count_flops(only_needed_by(stack.exits, kept)),
+        cache_bytes=sum(output_bytes(node) for node in stack.exits),
+        entries=stack.entries,
+        holds=stack.sites,
+    )
+
+
+def _depth(sites: Sequence[Site]) -> int:
+    return max((sum(part.isdigit() for part in site.name.split(".")) for site in sites), default=0)
+
+
+def _block_of(site: Site, level: int) -> tuple[str, int] | None:
+    """The block that a branch is in, by its name, or, where its weights lie elsewhere, by the module that adds it."""
+    return block_of(site.name if block_of(site.name) is not None else module_path(site.adds[0]), level)
+
+
+def _containers(sites: Sequence[Site], level: int, wanted: BlockRange | None) -> list[str]:
+    """The lists of blocks, those with the most FLOPs first."""
+    flops: Counter[str] = Counter()
+    for site in sites:
+        if (found := _block_of(site, level)) is not None and (wanted is None or found[0] == wanted.container):
+            flops[found[0]] += site.flops
+    return [container for container, _ in flops.most_common()]
+
+
+def _blocks_of(sites: Sequence[Site], level: int, container: str, wanted: BlockRange | None) -> dict[int, list[Site]]:
+    """The branches of each block of a list, in order."""
+    blocks: dict[int, list[Site]] = {}
+    for site in sites:
+        found = _block_of(site, level)
+        if found is not None and found[0] == container and (wanted is None or found[1] in wanted.indices):
+            blocks.setdefault(found[1], []).append(site)
+    return {index: blocks[index] for index in sorted(blocks)}
+
+
+def _runs(
+    facts: GraphFacts, sites: Sequence[Site], taken: set[Site], container: str, blocks: Mapping[int, list[Site]]
+) -> Iterator[Stack | Unstacked]:
+    """The longest runs of a list of blocks, from its first block on, and the blocks between them."""
+    indices, begins = list(blocks), FIRST
+    while indices:
+        reason = LAST
+        for count in range(len(indices), 0, -1):
+            members = [site for index in indices[:count] for site in blocks[index]]
+            run = BlockRange(container, indices[0], indices[count - 1])
+            stack = _stack_of(facts, sites, members, run)
+            if isinstance(stack, Stack) and taken.isdisjoint(stack.sites):
+                yield replace(stack, begins=begins, ends=reason)
+                break
+            reason = stack if isinstance(stack, str) else "it would hold blocks of another stack"
+        else:
+            yield Unstacked(run, reason)
+        begins, indices = reason, indices[count:]
+
+
+def _stack_of(facts: GraphFacts, sites: Sequence[Site], members: Sequence[Site], blocks: BlockRange) -> Stack | str:
+    """These blocks as a stack, or why they are none."""
+    sums = _sums_of_branches(facts, sites)
+    region = _region(facts, members, sums)
+    held = [site for site in sites if any(output in region for output in site.outputs)]
+    own = {node for site in held for node in site.region}
+    own |= {part for add in sums if add in region for part in (add, *_partial_sums(add))}
+    for node in region:
+        if (
+            node not in own
+            and not _is_in_a_block(node)
+            and any(_comes_from_outside(facts, part, node, region) for part in addends(node))
+        ):
+            return f"{_where(node)} adds what is computed outside of the blocks"
+    leaks = [node for node in facts.nodes if node in region and any(_reads(user, region) for user in node.users)]
+    ends = {part for site in members for add in site.adds for part in (add, *_partial_sums(add))}
+    pairs: dict[Node, Node] = {}
+    passed: set[Node] = set()
+    for leak in leaks:
+        entry, steps = _without_branches(facts, leak, region, sums)
+        leaving = _behind_casts(leak)
+        entry = _entry_like(leaving, entry) or _only_entry_like(facts, leaving, held, region)
+        if entry is None:
+            return f"{_user(leak, region)} uses {_where(leak)}, which is no residual stream"
+        if steps and steps[0] not in ends:
+            return f"{_user(leak, region)} uses {_where(leak)}, a stream of blocks in another list"
+        passed.update(steps[1:])
+        pairs[leaving] = entry
+    for leak in leaks:
+        if leak in passed:
+            return f"{_user(leak, region)} uses the output of an inner block, {_where(leak)}"
+    if any(output not in region for site in held for output in site.outputs):
+        return "one of its branches shares work with a branch outside"
+    if not pairs:
+        return "nothing uses what it computes"
+    nodes = region | own
+    return Stack(blocks, tuple(held), tuple(pairs.values()), tuple(pairs), tuple(n for n in facts.nodes if n in nodes))
+
+
+def _sums_of_branches(facts: GraphFacts, sites: Sequence[Site]) -> dict[Node, set[Node]]:
+    """Residual add -> what its branches consist of.
+
+    Of ``x + branch + control``, where the model adds ``control`` outside of the block, it is the sum without that.
+    """
+    found: dict[Node, set[Node]] = {}
+    for site in sites:
+        for add in site.adds:
+            found.setdefault(add, set()).update(site.region)
+    return {_without_control(facts, add, branch): branch for add, branch in found.items()}
+
+
+def _without_control(facts: GraphFacts, add: Node, branch: set[Node]) -> Node:
+    while not _is_in_a_block(add):
+        parts = addends(add)
+        nested = [part for part in parts if is_sum(part) and is_partial_sum(part)]
+        others = [part for part in parts if part not in nested]
+        if len(nested) != 1 or any(
+            part in branch or not _comes_from_outside(facts, part, add, branch) for part in others
+        ):
+            break
+        if not branch.intersection(summands(nested[0])):
+            break
+        add = nested[0]
+    return add
+
+
+def _partial_sums(add: Node) -> Iterator[Node]:
+    for part in addends(add):
+        if is_sum(part) and is_partial_sum(part):
+            yield part
+            yield from _partial_sums(part)
+
+
+def _is_in_a_block(node: Node) -> bool:
+    """Whether a module of a list made the node, and not the model that calls its blocks."""
+    return any(part.isdigit() for part in module_path(node).split("."))
+
+
+def _reads(user: Node, region: set[Node]) -> bool:
+    """Whether a node outside reads a value; what takes its shape alone does not."""
+    return user not in region and packet(user) not in FACTORIES
+
+
+def _region(facts: GraphFacts, members: Sequence[Site], sums: Iterable[Node]) -> set[Node]:
+    """The nodes that descend from a branch's output, or are one, and lead to a residual add of these sites."""
+    outputs = {output for site in members for output in site.outputs}
+    wanted = {node for site in members for node in (*site.adds, *(p for add in site.adds for p in _partial_sums(add)))}
+    adds = {add for add in sums if add in wanted}
+    output_bits = leading = 0
+    for output in outputs:
+        output_bits |= 1 << facts.position[output]
+    for add in adds:
+        leading |= facts.ancestors[add] | 1 << facts.position[add]
+    first, last = min(map(facts.position.__getitem__, outputs)), max(map(facts.position.__getitem__, adds))
+    return {
+        node
+        for position, node in enumerate(facts.nodes[first : last + 1], first)
+        if leading >> position & 1 and (node in outputs or facts.ancestors[node] & output_bits)
+    }
+
+
+def _comes_from_outside(facts: GraphFacts, part: Node, total: Node, region: set[Node]) -> bool:
+    """Whether a summand brings tokens along, as wide as the stream: no shift, which is one for all tokens."""
+    if part in region or part not in facts.activations or not facts.depends_on_tokens(part):
+        return False
+    ours, whole = tensor_value(part), tensor_value(total)
+    return whole is not None and ours is not None and ours.ndim > 2 and same_sizes(ours.shape, whole.shape)
+
+
+def _without_branches(
+    facts: GraphFacts, node: Node, region: set[Node], branches: Mapping[Node, set[Node]]
+) -> tuple[Node | None, list[Node]]:
+    """What the node would be with all branches at zero: a value from outside, or None.
+
+    And the residual sums on the way, the last block's first.
+    """
+    passed: list[Node] = []
+    step: Node | None = node
+    while step is not None and step in region:
+        if step in branches or (passed and step not in passed):
+            passed.append(step)
+        step = _unscaled(step, region) or _one_step(facts, step, branches)
+    return step, passed
+
+
+def _unscaled(node: Node, region: set[Node]) -> Node | None:
+    """The stream that a node multiplies by a mask or a scale from outside."""
+    factors = [factor for factor in node.args[:2] if factor in region] if is_product(node) else []
+    return factors[0] if len(factors) == 1 and len(node.args) > 1 else None
+
+
+def _one_step(facts: GraphFacts, node: Node, branches: Mapping[Node, set[Node]]) -> Node | None:
+    """The value that a node hands on where branches are zero."""
+    if node in branches:
+        leaves = [leaf for leaf in summands(node) if leaf not in branches[node]]
+        if len(leaves) > 1:  # the stream, and what the block adds beside its branches
+            leaves = [leaf for leaf in leaves if any(facts.descends(n, through_views(leaf)) for n in branches[node])]
+        return leaves[0] if len(leaves) == 1 else None
+    if is_view_or_cast(node):
+        return node.args[0]
+    if packet(node) is aten.add and _is_in_a_block(node):  # positions, which each block adds to the stream
+        return next(iter(addends(node)), None)
+    if (part := _part(node)) is not None:
+        base, dim, start, end = part
+        return _piece_of_cat(facts, base, dim, start, end, branches)
+    if packet(node) is aten.cat:
+        return _whole_of_parts(node)
+    return None
+
+
+def _part(node: Node) -> tuple[Node, int, int, int] | None:
+    """What a node is a slice of, along which dimension, from where and to where."""
+    if packet(node) is aten.slice and len(node.args) < 5:
+        base, dim, start, end = (*node.args, *(0, 0, None)[len(node.args) - 1 :])
+        size = _size(base, dim)
+        return base, dim, _number(start or 0), size if end is None else min(size, _number(end))
+    if getattr(node.target, "__name__", "") == "getitem" and packet(node.args[0]) is aten.split_with_sizes:
+        base, sizes, *dim = node.args[0].args
+        numbers = [_number(size) for size in sizes]
+        start = sum(numbers[: node.args[1]])
+        return base, dim[0] if dim else 0, start, start + numbers[node.args[1]]
+    return None
+
+
+def _piece_of_cat(
+    facts: GraphFacts, node: Node, dim: int, start: int, end: int, branches: Mapping[Node, set[Node]]
+) -> Node | None:
+    """The tensor that lies from ``start`` to ``end`` in what a stream was put together from."""
+    while packet(node) is not aten.cat:
+        before = _one_step(facts, node, branches) if node in branches or is_view_or_cast(node) else None
+        if before is None or not same_sizes(tensor_value(before).shape, tensor_value(node).shape):
+            return None
+        node = before
+    whole = _whole_of_parts(node)
+    if whole is not None:
+        return _piece_of_cat(facts, whole, dim, start, end, branches)
+    pieces, *along = node.args
+    if (
+        tensor_value(node).ndim
+        and (along[0] if along else 0) % tensor_value(node).ndim != dim % tensor_value(node).ndim
+    ):
+        return None
+    offset = 0
+    for piece in pieces:
+        if (offset, offset + _size(piece, dim)) == (start, end):
+            return piece
+        offset += _size(piece, dim)
+    return None
+
+
+def _whole_of_parts(cat: Node) -> Node | None:
+    """What was cut into the parts that a cat puts together again."""
+    parts = [_part(node) for node in cat.args[0]]
+    if not parts or any(part is None for part in parts):
+        return None
+    base, dim, at, _ = parts[0]
+    for other, along, start, end in parts:
+        if other is not base or along != dim or start != at:
+            return None
+        at = end
+    whole = parts[0][2] == 0 and at == _size(base, dim)
+    return base if whole and same_sizes(tensor_value(base).shape, tensor_value(cat).shape) else None
+
+
+def _size(node: Node, dim: int) -> int:
+    return concrete(tensor_value(node).shape[dim])
+
+
+def _number(value: Any) -> int:
+    return concrete(value.meta["val"] if isinstance(value, Node) else value)
+
+
+def _behind_casts(node: Node) -> Node:
+    """What a sum in another dtype is cast back to, if nothing else uses it."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if not is_view_or_cast(user) or not same_sizes(tensor_value(user).shape, tensor_value(node).shape):
+            break
+        if tensor_value(user).dtype == tensor_value(node).dtype:
+            break
+        node = user
+    return node
+
+
+def _entry_like(leaving: Node, entry: Node | None) -> Node | None:
+    """The entry, or what it is a view of, if it looks like the exit."""
+    while entry is not None and not _alike(entry, leaving):
+        entry = entry.args[0] if is_view_or_cast(entry) else None
+    return entry
+
+
+def _only_entry_like(facts: GraphFacts, leaving: Node, held: Sequence[Site], region: set[Node]) -> Node | None:
+    """Where norms stand in the stream itself: the one value with the exit's looks that a branch starts from."""
+    found = {
+        leaf
+        for site in held
+        for add in site.adds
+        for leaf in summands(add)
+        if leaf not in region and leaf in facts.activations and _alike(leaf, leaving)
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def _alike(left: Node, right: Node) -> bool:
+    ours, theirs = tensor_value(left), tensor_value(right)
+    if ours is None or theirs is None:
+        return False
+    return ours.dtype == theirs.dtype and ours.ndim == theirs.ndim and same_sizes(ours.shape, theirs.shape)
+
+
+def _where(node: Node) -> str:
+    return source_line(node) or node.name
+
+
+def _user(node: Node, region: set[Node]) -> str:
+    user = next(user for user in node.users if _reads(user, region))
+    if user.op == "output":
+        return "the model's output"
+    return module_path(user) or _where(user)
