@@ -183,10 +183,30 @@ def _stack_of(facts: GraphFacts, sites: Sequence[Site], members: Sequence[Site],
             and any(_comes_from_outside(facts, part, node, region) for part in addends(node))
         ):
             return f"{_where(node)} adds what is computed outside of the blocks"
-    leaks = [node for node in facts.nodes if node in region and any(_reads(user, region) for user in node.users)]
     ends = {part for site in members for add in site.adds for part in (add, *_partial_sums(add))}
+    pairs = _streams(facts, region, sums, held, ends)
+    if isinstance(pairs, str):
+        return pairs
+    if any(output not in region for site in held for output in site.outputs):
+        return "one of its branches shares work with a branch outside"
+    if not pairs:
+        return "nothing uses what it computes"
+    nodes = region | own
+    return Stack(blocks, tuple(held), tuple(pairs.values()), tuple(pairs), tuple(n for n in facts.nodes if n in nodes))
+
+
+def _streams(
+    facts: GraphFacts, region: set[Node], sums: Mapping[Node, set[Node]], held: Sequence[Site], ends: set[Node]
+) -> dict[Node, Node] | str:
+    """The entry of each exit, or why something outside looks into the region.
+
+    Args:
+        sums: residual add -> what its branches consist of.
+        held: the branches of the region.
+        ends: the residual adds of the run's own blocks.
+    """
+    leaks = [node for node in facts.nodes if node in region and any(_reads(user, region) for user in node.users)]
     pairs: dict[Node, Node] = {}
-    passed: set[Node] = set()
     for leak in leaks:
         entry, steps = _without_branches(facts, leak, region, sums)
         leaving = _behind_casts(leak)
@@ -195,17 +215,14 @@ def _stack_of(facts: GraphFacts, sites: Sequence[Site], members: Sequence[Site],
             return f"{_user(leak, region)} uses {_where(leak)}, which is no residual stream"
         if steps and steps[0] not in ends:
             return f"{_user(leak, region)} uses {_where(leak)}, a stream of blocks in another list"
-        passed.update(steps[1:])
         pairs[leaving] = entry
     for leak in leaks:
-        if leak in passed:
+        later = [
+            one for one, entry in pairs.items() if entry is pairs[_behind_casts(leak)] and facts.descends(one, leak)
+        ]
+        if any(one is not _behind_casts(leak) for one in later):
             return f"{_user(leak, region)} uses the output of an inner block, {_where(leak)}"
-    if any(output not in region for site in held for output in site.outputs):
-        return "one of its branches shares work with a branch outside"
-    if not pairs:
-        return "nothing uses what it computes"
-    nodes = region | own
-    return Stack(blocks, tuple(held), tuple(pairs.values()), tuple(pairs), tuple(n for n in facts.nodes if n in nodes))
+    return pairs
 
 
 def _sums_of_branches(facts: GraphFacts, sites: Sequence[Site]) -> dict[Node, set[Node]]:

@@ -133,6 +133,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_readme.py": ("test_the_code_runs",),
     "test_recording.py": ("test_calls_are_repeated_with_inputs_of_the_same_strides",),
+    "test_stacks.py": ("test_every_class",),
     "test_structures.py": (
         "test_all_compute_is_the_plain_model_bit_for_bit",
         "test_every_branch_is_a_site_and_nothing_else",
@@ -209,6 +210,7 @@ NOT_QUICK = frozenset(
         "test_package.py",
         "test_properties.py",
         "test_recording.py",
+        "test_stacks.py",
         "test_trajectories.py",
         "test_whole.py",
         "test_zoo.py",

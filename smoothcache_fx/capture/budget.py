@@ -39,8 +39,15 @@ def bytes_of(schedule: Schedule, site: Site) -> int:
     return site.cache_bytes + order_of(schedule, site) * older
 
 
-def within(schedule: Schedule, branches: Sequence[Site], stacks: Sequence[Stack], room: int) -> list[Stack]:
+def within(
+    schedule: Schedule, branches: Sequence[Site], stacks: Sequence[Stack], room: int, selected: int
+) -> list[Stack]:
     """The stacks to make so that all caches of a graph fit: as few as will do, those that save most first.
+
+    Args:
+        branches, stacks: that no selector of stacks has taken.
+        room: bytes for all caches.
+        selected: what the caches of stacks take that selectors have taken.
 
     Raises:
         ScheduleError: not even all stacks are enough.
@@ -50,7 +57,7 @@ def within(schedule: Schedule, branches: Sequence[Site], stacks: Sequence[Stack]
     saved = {
         stack: sum(size[branch] for branch in stack.sites) - bytes_of(schedule, site) for stack, site in sites.items()
     }
-    total = sum(size.values())
+    by_branch = total = selected + sum(size.values())
     chosen: list[Stack] = []
     for stack in sorted((stack for stack in stacks if saved[stack] > 0), key=saved.__getitem__, reverse=True):
         if total <= room:
@@ -59,7 +66,7 @@ def within(schedule: Schedule, branches: Sequence[Site], stacks: Sequence[Stack]
         total -= saved[stack]
     if total > room:
         raise ScheduleError(
-            f"the caches of one stream take {format_bytes(sum(size.values()))} by branch and {format_bytes(total)} by "
+            f"the caches of one stream take {format_bytes(by_branch)} by branch and {format_bytes(total)} by "
             f"stack; max_cache_bytes leaves {format_bytes(max(0, room))} for them. Allow more, lower the order, give "
             "history_dtype, or reuse fewer branches"
         )

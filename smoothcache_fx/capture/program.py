@@ -127,10 +127,9 @@ class Program:
         if room is None:
             return selected
         left = [branch for branch in branches if not any(branch in stack.sites for stack in selected)]
-        room -= sum(bytes_of(schedule, as_site(stack, branches)) for stack in selected)
-        found = find_stacks(graph, left)[0]
-        chosen = within(schedule, left, [one for one in found if set(one.sites) <= set(left)], room)
-        return [*selected, *chosen]
+        found = [stack for stack in find_stacks(graph, left)[0] if set(stack.sites) <= set(left)]
+        taken = sum(bytes_of(schedule, as_site(stack, branches)) for stack in selected)
+        return [*selected, *within(schedule, left, found, room, taken)]
 
     def bind(self, inputs: Sequence[Any], call: ModelCall) -> Binding:
         """The binding for the frame's inputs: the weights say at which module, the count says which call of it."""
@@ -154,6 +153,8 @@ class Program:
                     self.bindings.append(binding)
         found = place.bindings[ordinal]
         call.sites += len(found.sites)
+        if self.session.max_cache_bytes is not None:
+            call.stream_bytes += found.stream_bytes
         return found
 
     def _place(self, key: tuple[int, ...], weights: Sequence[torch.Tensor]) -> _Place:

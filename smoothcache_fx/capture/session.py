@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from ..errors import ScheduleError
 from ..passes.cuts import container_of
-from ..passes.names import STACK
+from ..passes.names import STACK, block_of
 from ..passes.replace_writes import replace_writes
 from ..runtime.binding import Binding
 from ..runtime.caches import CacheKeeper
@@ -22,7 +22,7 @@ from ..runtime.calls import CurrentCall, ModelCall, StepClock
 from ..runtime.dispatch import Dispatcher, GuardedDispatcher
 from ..runtime.variant import Plan, SiteInfo, make_plan
 from ..schedules.schedule import KINDS, Schedule
-from ..schedules.selectors import selects_stacks, specificity
+from ..schedules.selectors import block_range, selects_stacks, specificity
 from . import _torch
 from .budget import order_of, row_of
 from .inner import CompileVariant, InnerCompiler
@@ -115,11 +115,11 @@ class Session:
         return module_weight_names(self.root)
 
     def room(self) -> int | None:
-        """Bytes that are left for one stream's caches of another graph; None if there is no limit."""
+        """Bytes that are left for one stream's caches of the call's next graph; None if there is no limit."""
         if self.max_cache_bytes is None:
             return None
         streams = getattr(self.clock, "calls_per_step", None) or 1
-        return self.max_cache_bytes // streams - sum(binding.stream_bytes for binding in self.bindings())
+        return self.max_cache_bytes // streams - self.current.call.stream_bytes
 
     def plan(self, sites: Sequence[SiteInfo]) -> Plan:
         return plan_sites(self.schedule, sites)
@@ -247,6 +247,14 @@ def compile_frame(session: Session, gm: GraphModule, inputs: Sequence[Any]) -> t
 def check_selectors(schedule: Schedule, sites: Sequence[Any]) -> None:
     """Raise ``ScheduleError`` if a selector of the schedule fits no site; kinds that the model lacks are allowed."""
     _check_held(schedule, sites)
+    blocks = [found for site in sites for one in (site, *site.holds) if (found := _last_block(one)) is not None]
+    for wanted in schedule.block_ranges:
+        last = max((index for container, index in blocks if container == wanted.container), default=None)
+        if last is not None and wanted.last > last:
+            raise ScheduleError(
+                f"the selector '{wanted}' reaches beyond the last block, {last}: select up to that, or up to a block "
+                "before it"
+            )
     unused = schedule.unused_selectors([one for site in sites for one in (site, *site.holds)])
     wrong = [selector for selector in unused if selector not in (*KINDS, STACK)]
     if not wrong and (not unused or len(unused) < len(schedule.selectors)):
@@ -262,6 +270,14 @@ def check_selectors(schedule: Schedule, sites: Sequence[Any]) -> None:
         f"the schedule selects {', '.join(repr(s) for s in wrong or unused)}, but the model has no such site. "
         f"Its groups are:\n{listed}\nSelect by one of these, by the name of a site, or by kind."
     )
+
+
+def _last_block(site: Any) -> tuple[str, int] | None:
+    """The list of blocks that a site is in, and the last of its blocks."""
+    if site.kind != STACK:
+        return block_of(site.name)
+    found = block_range(site.name)
+    return None if found is None else (found.container, found.last)
 
 
 def _check_held(schedule: Schedule, sites: Sequence[Any]) -> None:

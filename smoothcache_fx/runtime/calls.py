@@ -39,16 +39,17 @@ class ModelCall:
         moment: where the call is in its sampling.
         binding: of the captured graph that runs now, set just before it runs.
         graphs, sites: how many captured graphs have run in this call, and how many sites they have.
+        stream_bytes: what one stream's caches of these graphs take; counted only where memory is limited.
         ordinals: per place in the model, how often its graph has run in this call.
         captured: how many captures this call knows of: those before it began, and its own; or None.
     """
 
-    __slots__ = ("binding", "captured", "graphs", "moment", "ordinals", "sites")
+    __slots__ = ("binding", "captured", "graphs", "moment", "ordinals", "sites", "stream_bytes")
 
     def __init__(self, moment: Moment) -> None:
         self.moment = moment
         self.binding: Any = None
-        self.graphs = self.sites = 0
+        self.graphs = self.sites = self.stream_bytes = 0
         self.ordinals: dict[Any, int] = {}
         self.captured: int | None = None
 
@@ -60,7 +61,7 @@ class ModelCall:
     def forget(self) -> None:
         """No graph has run in this call: what has is of no account any more."""
         self.end()
-        self.graphs = self.sites = 0
+        self.graphs = self.sites = self.stream_bytes = 0
 
 
 class CurrentCall(threading.local):
