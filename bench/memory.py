@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import smoothcache_fx as smoothcache
 from smoothcache_fx import Schedule
 from smoothcache_fx.graphs.tables import format_bytes, format_table
+from smoothcache_fx.schedules.schedule import KINDS
 
 STEPS = 50
 
@@ -167,21 +168,22 @@ FAMILIES = {
 
 
 def measured(family: Family) -> dict[str, Any]:
-    """What ``explain`` says of every second step, by the order of the forecasts."""
+    """What ``explain`` says of every second step, by grain and by the order of the forecasts."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
             model = family.make().eval()
             inputs = family.inputs()
-        every_second = Schedule.uniform(STEPS, 2)
         explained = {}
-        for order in (0, 1):
-            schedule = Schedule(STEPS, every_second.compute, order=order)
-            explained[order] = smoothcache.explain(model, schedule=schedule, **inputs)
+        for grain, kinds in (("branch", KINDS), ("stack", ("stack",))):
+            rows = Schedule.uniform(STEPS, 2, kinds=kinds).compute
+            for order in (0, 1):
+                schedule = Schedule(STEPS, rows, order=order)
+                explained[grain, order] = smoothcache.explain(model, schedule=schedule, **inputs)
     finally:
         torch.set_default_dtype(before)
-    found = explained[0]
+    found = explained["branch", 0]
     return {
         "size": family.size,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -190,7 +192,12 @@ def measured(family: Family) -> dict[str, Any]:
         "sites": len(found.sites),
         "share_in_sites": sum(site.flops for site in found.sites) / found.flops,
         "mac_ratio": found.prediction.mac_ratio,
-        "cache_bytes": {order: family.guided * one.prediction.cache_bytes for order, one in explained.items()},
+        "cached_call_share": {grain: min(explained[grain, 0].prediction.step_shares) for grain in ("branch", "stack")},
+        "stacks": [stack.name for stack in found.stacks],
+        "cache_bytes": {
+            grain: {order: family.guided * explained[grain, order].prediction.cache_bytes for order in (0, 1)}
+            for grain in ("branch", "stack")
+        },
     }
 
 
@@ -199,15 +206,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(FAMILIES), help="some of the models")
     parser.add_argument("--write", action="store_true", help="write bench/results/memory.json")
     arguments = parser.parse_args()
-    heading = ("model", "sample", "weights", "FLOPs in sites", "MAC ratio", "caches", "order 1")
+    heading = ("model", "sample", "weights", "branches", "order 1", "stacks", "order 1", "cached call's FLOPs")
     rows, results = [heading], {}
     for name in arguments.only:
         results[name] = one = measured(FAMILIES[name])
-        sizes = [format_bytes(size) for size in (one["weight_bytes"], *one["cache_bytes"].values())]
-        rows.append(
-            (name, one["size"], sizes[0], f"{one['share_in_sites']:.1%}", f"{one['mac_ratio']:.2f}", *sizes[1:])
-        )
-        print(f"{name}: {one['sites']} sites", flush=True)
+        caches = [size for by_order in one["cache_bytes"].values() for size in by_order.values()]
+        shares = " / ".join(f"{share:.2%}" for share in one["cached_call_share"].values())
+        sizes = map(format_bytes, (one["weight_bytes"], *caches))
+        rows.append((name, one["size"], *sizes, shares))
+        print(f"{name}: {one['sites']} branches, stacks {', '.join(one['stacks'])}", flush=True)
     print(format_table(rows))
     if arguments.write:
         print(f"written to {write_result('memory', {'steps': STEPS, 'models': results})}")

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
-from .checks import is_number, scalar, some_of, whole_number
+from .calibration.measurements import GRAINS
+from .checks import is_number, one_of, scalar, some_of, whole_number
 from .errors import ScheduleError
+from .passes.names import STACK, BlockRange
 from .schedules.schedule import Schedule
 from .schedules.selectors import KINDS
 
-__all__ = ["learning_to_cache", "mag_cache", "pyramid_attention_broadcast", "taylor_seer"]
+__all__ = ["db_cache", "learning_to_cache", "mag_cache", "pyramid_attention_broadcast", "taylor_seer"]
 
 BLOCK = "{block}"
 #: Attention and feed-forward of block ``{block}``, as facebookresearch/DiT calls them.
@@ -138,6 +140,7 @@ def mag_cache(
     max_skip_steps: int = 3,
     retention_ratio: float = 0.2,
     steps: int | None = None,
+    grain: str = "branch",
 ) -> Schedule:
     """MagCache (arXiv 2506.09045), as diffusers' ``MagCacheConfig`` decides it from calibrated magnitude ratios.
 
@@ -146,9 +149,9 @@ def mag_cache(
     skipped while the error is at most ``threshold`` and at most ``max_skip_steps`` were skipped in a row; else it is
     computed, and ratio and error start again.
 
-    The decisions are MagCache's, what is reused is not: it repeats the residual of the whole stack of blocks (what all
-    of them add up to), here each branch repeats its own output under the step's own gate, and what lies between
-    branches is computed. All sites share one row.
+    With ``grain="stack"`` what is reused is MagCache's, too: what the whole list of blocks adds to the hidden states
+    (of each list, where a model has several). By default each branch repeats its own output under the step's own gate,
+    and what lies between branches is computed. All sites share one row.
 
     Args:
         ratios: ``[steps]``, mean magnitude of the stack's residual over that of the step before, 1 for the first; as
@@ -158,6 +161,7 @@ def mag_cache(
         max_skip_steps: the most steps skipped in a row.
         retention_ratio: share of the first steps that are always computed, 0 to 1.
         steps: of the sampler; as many as ratios by default.
+        grain: ``branch`` or ``stack``.
 
     Raises:
         ScheduleError: something is not as described.
@@ -183,7 +187,42 @@ def mag_cache(
         if not skip:
             ratio, error, skipped = 1.0, 0.0, 0
         row.append(not skip)
-    return Schedule(steps, dict.fromkeys(KINDS, row))
+    kinds = (STACK,) if one_of(grain, "grain", GRAINS) == STACK else KINDS
+    return Schedule(steps, dict.fromkeys(kinds, row))
+
+
+def db_cache(
+    mask: Iterable[int], *, blocks: str, depth: int, first: int = 8, last: int = 0, order: int = 0
+) -> Schedule:
+    """DBCache of cache-dit (github.com/vipshop/cache-dit) with a static ``steps_computation_mask``.
+
+    The first ``first`` blocks (Fn) and the ``last`` ones (Bn) are computed at every step. What the blocks between them
+    add to the hidden states is computed where the mask is 1, and repeated, or forecast, where it is 0. cache-dit
+    chooses these steps by a threshold unless it is given a mask; a schedule knows them before sampling.
+
+    Args:
+        mask: ``[steps]``, 1 (compute) or 0; as ``cache_dit.steps_mask`` makes them.
+        blocks: the list of blocks, such as ``transformer_blocks``.
+        depth: how many blocks it has.
+        first, last: blocks at its ends that are always computed.
+        order: of the forecast, 0 to 2; cache-dit's TaylorSeer calibrator has one.
+
+    Raises:
+        ScheduleError: something is not as described.
+
+    Example:
+        >>> schedule = smoothcache.importers.db_cache([1, 1, 0, 1, 0, 0], blocks="blocks", depth=12, first=2)
+        >>> list(schedule.compute)
+        ['blocks.2-11']
+    """
+    depth = whole_number(depth, "depth", least=1)
+    first, last = whole_number(first, "first", least=0), whole_number(last, "last", least=0)
+    if first + last >= depth:
+        raise ScheduleError(
+            f"first is {first} and last {last}, of a list of {depth} blocks: no block between them is left to be cached"
+        )
+    row = [int(value) for value in _finite(mask, "mask", "1 or 0 for each step")]
+    return Schedule(len(row), {str(BlockRange(blocks, first, depth - 1 - last)): row}, order=order)
 
 
 def taylor_seer(
@@ -211,7 +250,7 @@ def taylor_seer(
         order: its ``max_order``, 0 to 2.
         compute_before: its ``disable_cache_before_step``, at least 1: something must be there to go on from.
         compute_from: its ``disable_cache_after_step``.
-        kinds: of sites that are forecast.
+        kinds: of sites that are forecast; ``("stack",)`` forecasts what a whole list of blocks adds.
 
     Raises:
         ScheduleError: something is not as described.
@@ -225,7 +264,7 @@ def taylor_seer(
     before = whole_number(compute_before, "compute_before", least=1)
     after = steps if compute_from is None else whole_number(compute_from, "compute_from", least=0)
     row = [step < before or (step - before - 1) % interval == 0 or step >= after for step in range(steps)]
-    return Schedule(steps, dict.fromkeys(some_of(kinds, "kinds", KINDS), row), order=order)
+    return Schedule(steps, dict.fromkeys(some_of(kinds, "kinds", (*KINDS, STACK)), row), order=order)
 
 
 def _routers(path: str | PathLike[str]) -> list[torch.Tensor]:

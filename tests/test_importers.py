@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 from collections import defaultdict
 
@@ -26,9 +27,10 @@ import smoothcache_fx as smoothcache
 from helpers.cases import Branch, Case, run_trajectory
 from helpers.models import CASES
 from helpers.oracle import Oracle
-from helpers.tolerances import Tolerance, assert_trajectories_close, tolerance
+from helpers.stack_oracle import StackOracle
+from helpers.tolerances import REORDERED, Tolerance, assert_trajectories_close, tolerance
 from smoothcache_fx import Schedule, ScheduleError
-from smoothcache_fx.importers import learning_to_cache, mag_cache, pyramid_attention_broadcast, taylor_seer
+from smoothcache_fx.importers import db_cache, learning_to_cache, mag_cache, pyramid_attention_broadcast, taylor_seer
 from smoothcache_fx.schedules.schedule import KINDS
 from zoo.catalog import CASES as ZOO
 
@@ -350,6 +352,42 @@ def test_a_model_runs_with_mag_caches_decisions():
     row = schedule.compute["attn"]
     assert report.variants == 2 and not report.forced
     assert sum(group.computed for group in report.groups) == sum(row) * len(case.branches)
+
+
+@pytest.mark.parametrize("name", ["diffusers_dit", "diffusers_pixart"])
+def test_at_the_grain_of_stacks_a_trajectory_is_mag_caches(name):
+    case, options = CASES[name], {"threshold": 0.1, "retention_ratio": 0.0}
+    hooked = case.build()
+    apply_mag_cache(hooked, MagCacheConfig(num_inference_steps=11, mag_ratios=FLUX_MAG_RATIOS, **options))
+    with hooked.cache_context("test") if isinstance(hooked, CacheMixin) else contextlib.nullcontext():
+        theirs = run_trajectory(case, hooked, steps=11, seed=1, dtype=DTYPE)
+    schedule = mag_cache(FLUX_MAG_RATIOS, steps=11, grain="stack", **options)
+    assert 1 < sum(schedule.compute["stack"]) < 11
+    ours = smoothcache.compile(case.build(), schedule, backend="eager")
+    actual = run_trajectory(case, ours, steps=11, seed=1, dtype=DTYPE)
+    assert_trajectories_close(actual, theirs, tolerance(DTYPE), "MagCache")
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_db_cache_computes_the_blocks_at_both_ends(order):
+    case, mask = CASES["diffusers_dit"], [1, 1, 0, 1, 0, 0]
+    with pytest.raises(ScheduleError, match="no block between them is left"):
+        db_cache(mask, blocks="transformer_blocks", depth=2, first=1, last=1)
+    schedule = db_cache(mask, blocks="transformer_blocks", depth=2, first=1, order=order)
+    assert schedule == Schedule(6, {"transformer_blocks.1-1": mask}, order=order)
+    model = smoothcache.compile(case.build(), schedule, backend="eager")
+    actual = run_trajectory(case, model, steps=6, seed=1, dtype=DTYPE)
+    computed = {group.group: group.computed for group in smoothcache.report(model).groups}
+    assert computed == {"transformer_blocks.*.attn1": 6, "transformer_blocks.*.ff": 6, "transformer_blocks.1-1": 3}
+    smoothcache.remove(model)
+    with StackOracle(model, schedule.compute, order) as oracle:
+        expected = run_trajectory(case, model, steps=6, seed=1, dtype=DTYPE, around=oracle.step)
+    assert_trajectories_close(actual, expected, REORDERED, "DBCache")
+
+
+def test_taylor_seer_of_stacks():
+    schedule = taylor_seer(20, interval=4, order=2, kinds=("stack",))
+    assert list(schedule.compute) == ["stack"] and schedule.order == 2
 
 
 ratios = st.lists(st.floats(0.7, 1.3), min_size=1, max_size=40)

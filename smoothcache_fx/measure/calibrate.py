@@ -14,7 +14,7 @@ from ..calibration.measurements import GRAINS
 from ..calibration.products import Products
 from ..calibration.segments import reach
 from ..calibration.site_errors import SiteErrors
-from ..checks import function, one_of, scalar, whole_number
+from ..checks import byte_count, function, one_of, scalar, whole_number
 from ..errors import CalibrationError
 from ..runtime.calls import StepClock
 from ..runtime.clock import agreed
@@ -37,6 +37,7 @@ def calibrate(
     steps: int | None = None,
     calls_per_step: int | None = None,
     history_device: torch.device | str | None = None,
+    max_history_bytes: int | str | None = None,
     grain: str = "branch",
     progress: bool = True,
 ) -> Calibration:
@@ -69,6 +70,9 @@ def calibrate(
         history_device: where the outputs of every site are kept (the model's device by default): 8 steps' by default,
             ``lags`` without ``order``. A step's take ``batch * tokens * width * bytes per element`` a branch, as the
             caches of a schedule do. ``"cpu"`` spares the device's memory and takes longer.
+        max_history_bytes: what a model's kept outputs may take, a number or such as ``"8GiB"``. Where they would take
+            more, errors are measured on the same random tokens of each output at every step, as many as fit: only with
+            ``order=None``, since further calls need whole outputs. One whole step is kept before that is decided.
         grain: ``branch``, or ``stack`` to measure the longest runs of blocks as one (those that ``explain`` lists), and
             branches outside of them; schedules made of the calibration then cache them so.
         progress: show a progress bar (needs tqdm).
@@ -108,6 +112,7 @@ def calibrate(
             steps=steps,
             calls_per_step=calls_per_step,
             history_device=history_device,
+            max_history_bytes=max_history_bytes,
             grain=grain,
             progress=progress,
         )
@@ -117,11 +122,12 @@ def calibrate(
             f"schedule is a {type(schedule).__name__}, expected a Schedule to follow, a function that makes one of a "
             "calibration, or None"
         )
+    limit = None if max_history_bytes is None else byte_count(max_history_bytes, "max_history_bytes")
     farthest = 0 if order is None else reach(lags, order)
     metadata = {"model": type(model_or_pipeline).__name__}
 
     def recorder(model: torch.nn.Module, clock: StepClock) -> Recorder:
-        return Recorder(model, clock, lags, device, farthest, schedule, grain)
+        return Recorder(model, clock, lags, device, farthest, schedule, grain, limit)
 
     with observing(model_or_pipeline, recorder, steps, calls_per_step, progress) as observed:
         sample(model_or_pipeline)
@@ -160,7 +166,7 @@ def _settled(along: Callable[..., Calibration], plan: Callable[[Calibration], Sc
 def _gather(
     recorders: Sequence[Recorder],
     steps: int,
-    metadata: dict[str, str],
+    metadata: dict[str, Any],
     timesteps: Sequence[float] | None,
     grain: str,
 ) -> Calibration:
@@ -180,4 +186,6 @@ def _gather(
         sites.append(errors)
     effects = EffectSums.together([recorder.effects for recorder in recorders], steps, farthest) if farthest else None
     history_bytes = sum(recorder.history_bytes for recorder in recorders)
+    share = min(recorder.token_share for recorder in recorders)
+    metadata = metadata if share == 1 else {**metadata, "token_share": share}
     return Calibration(steps, lags, sites, history_bytes, metadata, effects, timesteps=timesteps, grain=grain)

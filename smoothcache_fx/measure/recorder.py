@@ -16,6 +16,7 @@ from ..capture.inner import inner_compiler
 from ..capture.session import Capture, Session
 from ..capture.variants import GraphBuilder
 from ..errors import CalibrationError
+from ..graphs.tables import format_bytes
 from ..kernels.relative_l1 import relative_l1
 from ..passes.forecast import forecast
 from ..passes.names import STACK
@@ -25,7 +26,7 @@ from ..runtime.calls import ModelCall, Moment, StepClock
 from ..runtime.variant import Mask, SiteInfo, Variant
 from ..schedules.coefficients import forecast_coefficients
 from ..schedules.schedule import Schedule
-from .sketches import EffectSums, Subset, floating_tensors
+from .sketches import EffectSums, Subset, Tokens, floating_tensors
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,8 @@ class Recorder(Session):
         reach: how many steps back products and effects go.
         replaying: how sites are reused; None where all are computed.
         history_bytes: memory of the outputs kept at the same time, at most.
+        max_history_bytes: what it may be. Where whole outputs would take more, some of their tokens are kept.
+        token_share: how many.
     """
 
     def __init__(
@@ -151,6 +154,7 @@ class Recorder(Session):
         reach: int = 0,
         followed: Schedule | None = None,
         grain: str = "branch",
+        max_history_bytes: int | None = None,
     ) -> None:
         sites = Schedule(1, {STACK: (1,)} if grain == STACK else {})
         super().__init__(sites, inner_compiler("eager", None, None, None), clock, root)
@@ -164,6 +168,11 @@ class Recorder(Session):
         self.effects = EffectSums()
         self.replaying: Reuse | None = None
         self.history_bytes = 0
+        self.max_history_bytes = max_history_bytes
+        self.token_share = 1.0
+        #: Picks the tokens that are kept; None if all are, or until a whole step's outputs have been seen.
+        self._tokens: Tokens | None = None
+        self._first_moment: Moment | None = None
         #: Whether branches were computed in the last replay that should have been reused.
         self._not_reused = self._told_not_reused = False
         self._subset = Subset()
@@ -219,6 +228,9 @@ class Recorder(Session):
         """Compare one call's outputs, per site, with those of the steps before in the same trajectory and stream."""
         if not values:
             return
+        self._limit_history()
+        if self._tokens is not None:
+            values = [[self._tokens(output) for output in outputs] for outputs in values]
         place = id(binding), self.moment.stream
         trajectory, history = self.recorded.history.get(place, (-1, deque()))
         step = self.moment.step
@@ -242,10 +254,42 @@ class Recorder(Session):
         subsets = self._note_products(binding, values, history) if self.reach else []
         kept = [[output.to(self.history_device or output.device) for output in outputs] for outputs in values]
         history.appendleft(_Kept(step, kept, values[0][0].device, subsets))
-        self.recorded.kept_bytes[place] = sum(
-            t.numel() * t.element_size() for e in history for out in e.outputs for t in out
-        )
+        self.recorded.kept_bytes[place] = _bytes_of(history)
         self.history_bytes = max(self.history_bytes, sum(self.recorded.kept_bytes.values()))
+
+    def _limit_history(self) -> None:
+        """Once all outputs of one step are kept, decide how much of those of all steps may be.
+
+        Raises:
+            CalibrationError: it is not enough, and whole outputs are needed to call the model again with them.
+        """
+        if self.max_history_bytes is None:
+            return
+        if self._first_moment is None:
+            self._first_moment = self.moment
+        first = self._first_moment
+        if (self.moment.trajectory, self.moment.step) == (first.trajectory, first.step):
+            return
+        limit, self.max_history_bytes = self.max_history_bytes, None
+        needed = sum(self.recorded.kept_bytes.values()) * (self.keep + self.calls_again)
+        if needed <= limit:
+            return
+        if self.calls_again:
+            raise CalibrationError(
+                f"the outputs of {self.keep + self.calls_again} steps take {format_bytes(needed)}, and "
+                f"max_history_bytes is {format_bytes(limit)}. Effects and followed schedules need whole outputs: give "
+                "order=None, which keeps fewer steps and, if it must, some tokens of each; or fewer lags, "
+                "grain='stack', or history_device='cpu' and a higher limit"
+            )
+        self.token_share = limit / needed
+        self._tokens = Tokens(self.token_share)
+        log.warning(
+            "errors are measured on %.2g%% of the tokens, to keep within max_history_bytes", 100 * limit / needed
+        )
+        for place, (_, history) in self.recorded.history.items():
+            for kept in history:
+                kept.outputs = [[self._tokens(output) for output in outputs] for outputs in kept.outputs]
+            self.recorded.kept_bytes[place] = _bytes_of(history)
 
     def history(self, binding: Binding) -> dict[int, _Kept]:
         """What is kept of the binding's sites in this stream, by how many steps ago it was made."""
@@ -326,6 +370,10 @@ class Recorder(Session):
         for lag, distance in distances:
             # A branch that is all zeros, then and now, has not changed.
             seen.append((lag, step, distance / size if size else (0.0 if distance == 0.0 else math.inf)))
+
+
+def _bytes_of(history: Iterable[_Kept]) -> int:
+    return sum(tensor.nbytes for kept in history for outputs in kept.outputs for tensor in outputs)
 
 
 def _lookback(schedule: Schedule) -> int:

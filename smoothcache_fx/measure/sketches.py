@@ -68,6 +68,24 @@ def floating_tensors(output: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
+class Tokens:
+    """The same random tokens of outputs of one shape, each time."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self._places: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    def __call__(self, output: torch.Tensor) -> torch.Tensor:
+        """A share of a tensor's rows, at least one: ``[tokens, width]`` of ``[..., width]``."""
+        rows = output.reshape(-1, output.shape[-1])
+        key = len(rows), rows.device
+        if key not in self._places:
+            generator = torch.Generator().manual_seed(len(rows))
+            count = max(1, int(self.share * len(rows)))
+            self._places[key] = torch.randperm(len(rows), generator=generator)[:count].sort()[0].to(rows.device)
+        return rows[self._places[key]]
+
+
 class Subset:
     """The same random elements of outputs of one size, each time."""
 
