@@ -158,9 +158,9 @@ class Explanation(Printable):
             )
         inside = sum(site.flops for site in self.sites)
         lines = [
-            f"{self.model}: {len(self.sites)} branches in {self.graphs} graph{'s' if self.graphs != 1 else ''}",
+            f"{self.model}: {len(self.sites)} sites in {self.graphs} graph{'s' if self.graphs != 1 else ''}",
             format_table(rows),
-            f"{format_flops(self.flops)} a call, {inside / max(1, self.flops):.1%} of it in branches, "
+            f"{format_flops(self.flops)} a call, {inside / max(1, self.flops):.1%} of it in sites, "
             + f"{format_bytes(self.cache_bytes)} of cache a stream",
             *self._stacks(),
         ]
