@@ -1,7 +1,8 @@
 """What is lost where runs of blocks are cached as one: ``python bench/grains.py``.
 
 The digits DiT (12 blocks), 50 Euler steps with guidance: every n-th step computed, by branch and by stack, with
-forecasts of orders 0 to 2. PSNR in dB of each sample to the uncached one of its seed, the median over samples; cache memory.
+forecasts of orders 0 to 2. PSNR in dB of each sample to the uncached one of its seed, the median over
+samples; cache memory.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import smoothcache_fx as smoothcache
 from smoothcache_fx import Schedule
 from smoothcache_fx.graphs.tables import format_bytes, format_table
-from smoothcache_fx.schedules.schedule import KINDS
 
 STEPS = 50
 
@@ -168,22 +167,20 @@ FAMILIES = {
 
 
 def measured(family: Family) -> dict[str, Any]:
-    """What ``explain`` says of every second step, by grain and by the order of the forecasts."""
+    """What ``explain`` says of the model, and of every second step computed."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
             model = family.make().eval()
             inputs = family.inputs()
-        explained = {}
-        for grain, kinds in (("branch", KINDS), ("stack", ("stack",))):
-            rows = Schedule.uniform(STEPS, 2, kinds=kinds).compute
-            for order in (0, 1):
-                schedule = Schedule(STEPS, rows, order=order)
-                explained[grain, order] = smoothcache.explain(model, schedule=schedule, **inputs)
+        found = smoothcache.explain(model, schedule=Schedule.uniform(STEPS, 2), **inputs)
     finally:
         torch.set_default_dtype(before)
-    found = explained["branch", 0]
+    stacked = sum(stack.cache_bytes for stack in found.stacks)
+    in_stacks = sum(stack.flops for stack in found.stacks)
+    assert not found.unstacked, "the rest would need caches of branches"
+    caches = {"branch": found.prediction.cache_bytes, "stack": stacked}
     return {
         "size": family.size,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -192,11 +189,11 @@ def measured(family: Family) -> dict[str, Any]:
         "sites": len(found.sites),
         "share_in_sites": sum(site.flops for site in found.sites) / found.flops,
         "mac_ratio": found.prediction.mac_ratio,
-        "cached_call_share": {grain: min(explained[grain, 0].prediction.step_shares) for grain in ("branch", "stack")},
+        "cached_call_share": {"branch": min(found.prediction.step_shares), "stack": 1 - in_stacks / found.flops},
         "stacks": [stack.name for stack in found.stacks],
+        # A forecast of order 1 keeps two values of each.
         "cache_bytes": {
-            grain: {order: family.guided * explained[grain, order].prediction.cache_bytes for order in (0, 1)}
-            for grain in ("branch", "stack")
+            grain: {order: (order + 1) * family.guided * size for order in (0, 1)} for grain, size in caches.items()
         },
     }
 

@@ -18,11 +18,12 @@ from ..schedules.clusters import joined, variants_of
 from ..schedules.files import check_header, read_object
 from ..schedules.schedule import Schedule
 from .effects import Effects
+from .fitted import fitted
 from .greedy import alpha_for, scan
 from .html import calibration_html
-from .measurements import ALL, GRAINS
+from .measurements import ALL, FIT, GRAINS
 from .optimal import predicted_error
-from .planner import optimal_rows, warn_if_behind
+from .planner import highest_order, optimal_rows, warn_if_behind
 from .site_errors import SiteErrors
 from .statistics import Moments, combine, half_width
 from .table import aligned, table_of
@@ -141,7 +142,7 @@ class Calibration:
         alpha: float | None = None,
         compute: float | None = None,
         solver: str | None = None,
-        order: int | None = None,
+        order: int | str | None = None,
         rows: str | None = None,
         max_variants: int | None = None,
         times: Sequence[float] | None = None,
@@ -162,8 +163,10 @@ class Calibration:
             solver: ``optimal``, the default for compute: the rows of least predicted error. ``greedy``, the default for
                 alpha: the paper's rule; with compute it takes the alpha that comes closest from below (for rows of
                 groups `alpha_for` gives it).
-            order: of the forecasts, 0 to 2. The default of ``optimal`` is the best of those that the calibration can
-                predict (``calibrate(..., order=...)``); that of ``greedy`` is 0, whose rows it has at any order.
+            order: of the forecasts, 0 to 2; or ``"fit"``: rows as for the highest order that the calibration can
+                predict, with the coefficients of `fit`. The default of ``optimal`` is the best of the orders that the
+                calibration can predict (``calibrate(..., order=...)``); that of ``greedy`` is 0, whose rows it has at
+                any order.
             rows: ``joint``, one row for all groups, the default of ``optimal`` (where it can predict it: without
                 effects for order 0); ``group``, the default of ``greedy``, one for each group, which ``optimal`` has
                 share the budget by their FLOPs, groups under 3% of them following the one before; ``site``, one for
@@ -196,6 +199,11 @@ class Calibration:
             max_variants = whole_number(max_variants, "max_variants", 2, CalibrationError)
         if solver == "optimal" and compute is None:
             raise CalibrationError("solver='optimal' takes compute= (a share of the FLOPs), not alpha=")
+        to_fit = order == FIT
+        if to_fit:
+            order = highest_order(self)
+        elif isinstance(order, str):
+            raise CalibrationError(f"order is {order!r}, expected 0, 1, 2 or 'fit', or None for the best of 0 to 2")
         found: Mapping[str, Sequence[bool]]
         if compute is not None and solver != "greedy":
             budget = self._share_of_flops(compute)
@@ -206,6 +214,7 @@ class Calibration:
             found = self._greedy_rows(alpha, compute, rows, keep_last is not False, max_variants)
             order, flops = 0 if order is None else order, self._flops()
         schedule = Schedule(self.steps, found, order=order, flops=flops, times=times, timesteps=self.timesteps)
+        schedule = self.fit(schedule) if to_fit else schedule
         warn_if_behind(self, schedule)
         return schedule
 
@@ -231,6 +240,34 @@ class Calibration:
             if max_variants is None or variants_of(found) <= max_variants:
                 return {group: row for cluster, row in zip(clusters, found, strict=True) for group in cluster}
             clusters = joined(clusters, found)
+
+    def fit(self, schedule: Schedule) -> Schedule:
+        """A copy of a schedule whose forecasts have fitted coefficients in place of the polynomials'.
+
+        For each group and reused step, the sum of its last computed outputs that was nearest to its output, least
+        squares over all that was measured. Coefficients add up to 1 and are drawn a little towards the polynomial's;
+        steps that reuse for longer than was measured keep that. Nothing more is compiled: coefficients are inputs of
+        the graphs. (L2P, arXiv 2604.26365, fits them too.)
+
+        Args:
+            schedule: of this calibration's steps, with an order of 1 or 2.
+
+        Raises:
+            CalibrationError: the steps differ, the schedule has no order, or the calibration was made without
+                ``order``.
+
+        Example:
+            >>> schedule = smoothcache.Schedule(50, smoothcache.Schedule.uniform(50, 4).compute, order=1)
+            >>> fitted = calibration.fit(schedule)
+        """
+        instance(schedule, "schedule", Schedule, "Calibration.schedule or Schedule.uniform makes one")
+        if schedule.steps != self.steps:
+            raise CalibrationError(f"the schedule has {schedule.steps} steps, the calibration {self.steps}")
+        if not schedule.highest_order:
+            raise CalibrationError("the schedule has order 0: there is one output to read, and nothing to fit")
+        if any(site.products is None for site in self.sites):
+            raise CalibrationError("the calibration was made without order: calibrate(..., order=2) measures this")
+        return fitted(self, schedule)
 
     def predicted_error(self, schedule: Schedule) -> float:
         """What a schedule that has one row and one order for all groups is predicted to be off by at the end.

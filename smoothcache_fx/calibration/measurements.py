@@ -17,6 +17,9 @@ ALL = "*"
 #: What is measured, and then cached, as one: each branch, or the longest runs of blocks.
 GRAINS = ("branch", "stack")
 
+#: In place of an order: forecasts with fitted coefficients.
+FIT = "fit"
+
 
 class Measurements(Protocol):
     """The part of a `Calibration` that rows and predicted errors follow from; its attributes are those."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -119,6 +119,8 @@ class JointPlan:
 
     Args:
         importance: [steps], what an effect counts for.
+        forecast: the coefficients, at a step, of the outputs of computed steps, newest first; by default those of the
+            polynomial through ``times``.
     """
 
     def __init__(
@@ -128,7 +130,9 @@ class JointPlan:
         lags: int,
         order: int,
         times: Sequence[float] | None,
+        forecast: Callable[[int, tuple[int, ...]], Array] | None = None,
     ) -> None:
+        self._forecast = forecast
         self.steps, self.lags, self.order, self.times = len(importance), lags, order, times
         self._effects = effects.sketch.astype(np.float64) * importance[:, None, None]
         self._segments: dict[tuple[int, ...], Array] = {}
@@ -138,7 +142,10 @@ class JointPlan:
         found = self._segments.get(computed)
         if found is None:
             ahead = np.arange(computed[0] + 1, min(computed[0] + self.lags, self.steps - 1) + 1)
-            read = forecasts(computed, self.lags, self.times)[: len(ahead)]
+            if self._forecast is None:
+                read = forecasts(computed, self.lags, self.times)[: len(ahead)]
+            else:
+                read = np.array([self._forecast(int(step), computed) for step in ahead]).reshape(-1, len(computed))
             old = self._effects[ahead[:, None], ahead[:, None] - np.array(computed)]
             found = self._segments[computed] = np.cumsum(np.einsum("kn,knd->kd", read, old), axis=0)
         return found
@@ -227,10 +234,15 @@ def require_effects(measured: Measurements, order: int) -> Effects:
     return measured.effects
 
 
-def joint_plan(measured: Measurements, order: int, times: Sequence[float] | None) -> JointPlan:
+def joint_plan(
+    measured: Measurements,
+    order: int,
+    times: Sequence[float] | None,
+    forecast: Callable[[int, tuple[int, ...]], Array] | None = None,
+) -> JointPlan:
     """The error model for rows that all groups share; CalibrationError if the calibration lacks what it needs."""
     importance = measured.sensitivity.get(ALL, np.ones(measured.steps))
-    return JointPlan(require_effects(measured, order), importance, measured.lags, order, times)
+    return JointPlan(require_effects(measured, order), importance, measured.lags, order, times, forecast)
 
 
 def predicted_error(measured: Measurements, schedule: Schedule) -> float:
@@ -242,7 +254,20 @@ def predicted_error(measured: Measurements, schedule: Schedule) -> float:
             f"errors are predicted of schedules of {measured.steps} steps that have one row and one order for all "
             f"groups; this one has {schedule.steps} steps, {len(rows)} rows and {len(orders)} orders"
         )
-    return math.sqrt(joint_plan(measured, orders.pop(), schedule.times).error(rows.pop(), independent=0.0))
+    plan = joint_plan(measured, orders.pop(), schedule.times, _mean_forecast(measured, schedule))
+    return math.sqrt(plan.error(rows.pop(), independent=0.0))
+
+
+def _mean_forecast(measured: Measurements, schedule: Schedule) -> Callable[[int, tuple[int, ...]], Array] | None:
+    """Fitted coefficients, the mean over groups by their FLOPs: effects are known of all groups together alone."""
+    if schedule.coefficients is None:
+        return None
+    sites = [members[0] for members in measured.groups.values()]
+    flops = [sum(site.flops for site in members) for members in measured.groups.values()]
+    weights = flops if any(flops) else [1.0] * len(flops)
+    return lambda step, computed: np.average(
+        [schedule.forecast(site, step, computed) for site in sites], axis=0, weights=weights
+    )
 
 
 def too_high(measured: Measurements, order: int) -> CalibrationError:

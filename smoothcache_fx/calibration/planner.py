@@ -99,6 +99,14 @@ def _orders(measured: Measurements, order: int | None, products: bool = False) -
     return [0, *(k for k in range(1, HIGHEST_ORDER + 1) if reach(measured.lags, k) <= min(reaches))]
 
 
+def highest_order(measured: Measurements) -> int:
+    """The highest order of forecasts that the calibration can predict; raises ``CalibrationError`` if that is none."""
+    order = _orders(measured, None, products=measured.effects is None)[-1]
+    if not order:
+        raise too_high(measured, 1)
+    return order
+
+
 def _separate_rows(
     flops: Mapping[str, float],
     clusters: Sequence[Cluster],

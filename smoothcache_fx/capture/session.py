@@ -209,7 +209,11 @@ def share_outside(session: Session) -> float:
 def plan_sites(schedule: Schedule, sites: Sequence[SiteInfo]) -> Plan:
     """The schedule laid out for these sites."""
     orders = [order_of(schedule, site) for site in sites]
-    return make_plan([row_of(schedule, site) for site in sites], schedule.steps, orders, schedule.times)
+
+    def forecast(index: int, step: int, stored: Sequence[int]) -> Sequence[float]:
+        return schedule.forecast(sites[index], step, stored)
+
+    return make_plan([row_of(schedule, site) for site in sites], schedule.steps, orders, forecast)
 
 
 def module_weight_names(root: torch.nn.Module | None) -> dict[int, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.measurements import GRAINS
-from .command import add_sampler, command
+from .command import add_sampler, command, order
 from .models import made_by, progress
 
 
@@ -25,7 +25,9 @@ def add(commands: Any) -> None:
     wanted.add_argument("--compute", type=float, help="largest share of the branches' FLOPs to compute")
     wanted.add_argument("--at-least", type=float, help="PSNR to the uncached samples to reach, in dB")
     choose.add_argument("-o", "--output", type=Path, required=True, help="schedule file to write")
-    choose.add_argument("--orders", type=int, nargs="+", default=(0, 1, 2), help="forecast orders to try (0 1 2)")
+    choose.add_argument(
+        "--orders", type=order, nargs="+", default=(0, 1, 2), help="forecast orders to try, and fit (0 1 2)"
+    )
     choose.add_argument("--grains", choices=GRAINS, nargs="+", default=GRAINS[:1], help="what to cache as one (branch)")
     choose.add_argument("--lags", type=int, default=5, help="longest reuse to measure, in steps (5)")
     choose.add_argument("--trajectories", type=int, default=20, help="maximum number of sampling runs (20)")

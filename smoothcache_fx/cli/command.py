@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from ..calibration.measurements import FIT
+
 FACTORY = "MODULE:FACTORY, or path/to/file.py:FACTORY: a function without arguments that returns"
 
 
@@ -46,3 +48,8 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
 
 def show(found: Any, as_json: bool) -> None:
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
+
+
+def order(text: str) -> int | str:
+    """The order of a forecast on the command line: a number, or ``fit``."""
+    return text if text == FIT else int(text)

@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..calibration.measurements import FIT
 from ..schedules.schedule import HISTORY_DTYPES
-from .command import command
+from .command import command, order
 
 
 def add(commands: Any) -> None:
@@ -37,7 +38,9 @@ def add(commands: Any) -> None:
         help="plan one row for all groups, one per group, or one per site (site: --solver optimal only)",
     )
     schedule.add_argument(
-        "--order", type=int, help="forecast order of reused branches (default: the best for --compute, else 0)"
+        "--order",
+        type=order,
+        help="forecast order of reused branches, or fit (default: best for --compute, else 0)",
     )
     schedule.add_argument("--max-variants", type=int, help="let groups share rows until this many variants are left")
     schedule.add_argument(
@@ -56,6 +59,8 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError("--interval needs --steps and no calibration: it computes every n-th step")
         if options.solver or options.rows or options.max_variants:
             raise ValueError("--solver, --rows and --max-variants are for --compute; --interval says the rows itself")
+        if options.order == FIT:
+            raise ValueError("--order fit needs a calibration: it fits the forecasts to what was measured")
         schedule = dataclasses.replace(Schedule.uniform(options.steps, options.interval), order=options.order or 0)
     elif options.calibration is None:
         raise ValueError("--alpha and --compute need a calibration file: smoothcache calibrate makes one")

@@ -27,33 +27,34 @@ def affordable_steps(calibration: Calibration, compute: float) -> int:
     return sum(next(iter(schedule.compute.values())))
 
 
-def candidates_for(calibration: Calibration, count: int, orders: Sequence[int]) -> list[Candidate]:
+def candidates_for(calibration: Calibration, count: int, orders: Sequence[int | str]) -> list[Candidate]:
     """Schedules that compute at most ``count`` steps, the least predicted error first.
 
     Raises:
         CalibrationError: no forecast of these orders can be made with so few steps.
     """
     found: dict[Schedule, Candidate] = {}
-    for order in sorted(set(orders)):
+    for order in sorted(set(orders), key=str):
         try:
             optimal = calibration.schedule(compute=count / calibration.steps, solver="optimal", order=order)
         except CalibrationError:  # forecasts need more computed steps, as after guidance is switched off
-            if order == max(orders) and not found:
+            if order == max(orders, key=str) and not found:
                 raise
             continue
-        for rows, schedule in _with_other_rows(optimal, count, order):
+        for rows, schedule in _with_other_rows(calibration, optimal, count):
             predicted = calibration.predicted_error(schedule)
             if math.isfinite(predicted):
                 found.setdefault(schedule, Candidate(rows, schedule, predicted, calibration.grain))
     return sorted(found.values(), key=lambda candidate: candidate.predicted)
 
 
-def _with_other_rows(optimal: Schedule, count: int, order: int) -> Iterator[tuple[str, Schedule]]:
-    """The schedule, and others that differ in their row only."""
+def _with_other_rows(calibration: Calibration, optimal: Schedule, count: int) -> Iterator[tuple[str, Schedule]]:
+    """The schedule, and others that differ in their row only, and in coefficients that are fitted to it."""
     yield "optimal", optimal
     every_nth = every_nth_row(optimal.steps, count)
     every_nth[-1] |= sum(every_nth) < count  # the last step, too, if there is room for it
     rows = {"every n-th": every_nth} | ({"even": even_row(optimal.steps, count)} if count > 1 else {})
     for name, row in rows.items():
         compute = dict.fromkeys(optimal.compute, row)
-        yield name, Schedule(optimal.steps, compute, order=order, flops=optimal.flops, timesteps=optimal.timesteps)
+        other = Schedule(optimal.steps, compute, order=optimal.order, flops=optimal.flops, timesteps=optimal.timesteps)
+        yield name, other if optimal.coefficients is None else calibration.fit(other)

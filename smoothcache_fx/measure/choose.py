@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..calibration.calibration import Calibration
-from ..calibration.measurements import GRAINS
+from ..calibration.measurements import FIT, GRAINS
 from ..calibration.optimal import require_effects
 from ..checks import function, instance, number_of, some_of, whole_number
 from ..compiled.compiler import compile, remove
@@ -68,7 +68,8 @@ class Choice(Printable):
             schedule = trial.schedule
             chosen = "chosen" if schedule is self.schedule else ""
             figures = f"{schedule.compute_fraction:.2f}", f"{trial.predicted:.4f}", f"{trial.metric:.4g}"
-            table.append((trial.grain, trial.rows, str(schedule.order), *figures, chosen))
+            order = FIT if schedule.coefficients else str(schedule.order)
+            table.append((trial.grain, trial.rows, order, *figures, chosen))
         end = "" if any(trial.schedule is self.schedule for trial in self.trials) else "\nchosen: compute everything"
         return f"{format_table(table)}{end}\n({self.trajectories} runs of sample)"
 
@@ -80,7 +81,7 @@ def choose(
     compute: float | None = None,
     at_least: float | None = None,
     metric: Metric | None = None,
-    orders: Sequence[int] = (0, 1, 2),
+    orders: Sequence[int | str] = (0, 1, 2),
     grains: Sequence[str] = ("branch",),
     lags: int = 5,
     trajectories: int = 20,
@@ -107,7 +108,7 @@ def choose(
         at_least: in place of compute: what the metric must reach. The least share that does is searched by bisection.
         metric: a function of what ``sample`` returned uncached and cached, the higher the better; by default the PSNR
             in dB.
-        orders: of the forecasts that are tried, of 0 to 2.
+        orders: of the forecasts that are tried: 0 to 2, and ``"fit"``, with the coefficients of `Calibration.fit`.
         grains: what schedules that are tried cache as one: ``branch``, ``stack`` (the longest runs of blocks), or both.
             Each grain is calibrated by itself.
         lags: the longest reuse.
@@ -137,9 +138,10 @@ def choose(
     function(sample, "sample", "the model or pipeline that runs it")
     if metric is not None:
         function(metric, "metric", "the uncached and the cached samples")
-    orders = some_of(orders, "orders", range(HIGHEST_ORDER + 1), CalibrationError)
+    orders = some_of(orders, "orders", (*range(HIGHEST_ORDER + 1), FIT), CalibrationError)
     if not orders:
-        raise CalibrationError("orders is empty, expected some of 0, 1 and 2")
+        raise CalibrationError("orders is empty, expected some of 0, 1, 2 and 'fit'")
+    highest = HIGHEST_ORDER if FIT in orders else max(orders)
     grains = list(dict.fromkeys(some_of(grains, "grains", GRAINS, CalibrationError)))
     if not grains:
         raise CalibrationError("grains is empty, expected 'branch', 'stack' or both")
@@ -162,7 +164,7 @@ def choose(
                 calls_per_step=calls_per_step,
                 progress=progress,
                 lags=lags,
-                order=max(orders),
+                order=highest,
                 steps=steps,
                 grain=grain,
             )
@@ -170,7 +172,7 @@ def choose(
         ]
         calibrations, reference = [one for one, _ in found], found[0][1]
     else:
-        require_effects(calibration, max(orders))
+        require_effects(calibration, max((order for order in orders if order != FIT), default=1))
         calibrations, reference = [calibration], sample(model_or_pipeline)
 
     def run(schedule: Schedule) -> Any:
@@ -240,7 +242,7 @@ class Trials:
             self.made.append(Trial(candidate.rows, candidate.schedule, candidate.predicted, value, candidate.grain))
             yield self.made[-1]
 
-    def best(self, calibrations: Sequence[Calibration], orders: Sequence[int], compute: float) -> Trial:
+    def best(self, calibrations: Sequence[Calibration], orders: Sequence[int | str], compute: float) -> Trial:
         """The best of all candidates for a budget."""
         candidates = [
             candidate
@@ -250,7 +252,7 @@ class Trials:
         candidates.sort(key=lambda candidate: candidate.predicted)
         return max(self.of(candidates, self._most), key=lambda trial: trial.metric)
 
-    def least(self, calibrations: Sequence[Calibration], orders: Sequence[int], at_least: float) -> Trial | None:
+    def least(self, calibrations: Sequence[Calibration], orders: Sequence[int | str], at_least: float) -> Trial | None:
         """The one that computes the fewest steps of those that are good enough, by bisection; None for all steps."""
         found = None
         fewest, most = math.ceil(calibrations[0].steps / (calibrations[0].lags + 1)), calibrations[0].steps

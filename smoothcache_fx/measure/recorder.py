@@ -24,7 +24,6 @@ from ..passes.observe import observe
 from ..runtime.binding import Binding
 from ..runtime.calls import ModelCall, Moment, StepClock
 from ..runtime.variant import Mask, SiteInfo, Variant
-from ..schedules.coefficients import forecast_coefficients
 from ..schedules.schedule import Schedule
 from .sketches import EffectSums, Subset, Tokens, floating_tensors
 
@@ -214,12 +213,9 @@ class Recorder(Session):
         if row[step]:
             return ()
         lags = [lag for lag in sorted(kept) if lag and row[step - lag]][: schedule.order_for(site) + 1]
-        times = range(schedule.steps) if schedule.times is None else schedule.times
-        return (
-            tuple(zip(lags, forecast_coefficients([times[step - lag] for lag in lags], times[step]), strict=True))
-            if lags
-            else ()
-        )
+        if not lags:
+            return ()
+        return tuple(zip(lags, schedule.forecast(site, step, [step - lag for lag in lags]), strict=True))
 
     def dispatcher(self, builder: GraphBuilder) -> ObservedDispatcher:
         return ObservedDispatcher(builder, self)

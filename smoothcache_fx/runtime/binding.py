@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..schedules.coefficients import difference_coefficients, forecast_coefficients
+from ..schedules.coefficients import difference_coefficients
 from .caches import Stream, clear
 from .variant import Mask, Plan, SiteInfo, Variant, VariantBuilder
 
@@ -121,16 +121,16 @@ class Binding:
         key = step, tuple(stream.stored), stream.heads
         found = self._coefficients.get(key)
         if found is None:
-            times = self.plan.times
             values = [0.0] * self.buffer_count
             for index, (site, stored) in enumerate(zip(self.sites, stream.stored, strict=True)):
-                own = forecast_coefficients([times[at] for at in stored], times[step]) if stored else ()
+                own = self.plan.forecast(index, step, stored) if stored else ()
                 for first in range(0, len(site.buffers), site.slots):
                     buffers = site.buffers[first : first + site.slots]
                     differs = not site.differences.isdisjoint(buffers)
                     for age, coefficient in enumerate(difference_coefficients(own) if differs else own):
                         values[buffers[self._slot(index, stream.heads[index], age, differs)]] = coefficient
-            if len(self._coefficients) > 4 * len(times):  # a sampler that misses steps has new ones again and again
+            # A sampler that misses steps has new ones again and again.
+            if len(self._coefficients) > 4 * len(self.plan.compute):
                 self._coefficients.clear()
             found = self._coefficients[key] = builder.coefficients(values)
         return found

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ..schedules.coefficients import forecast_coefficients
+
 
 class SiteName(NamedTuple):
     """What selectors look at."""
@@ -140,17 +142,24 @@ class Plan:
     store: int
     every: int
     orders: tuple[int, ...]
-    times: tuple[float, ...]
     masks: tuple[Mask, ...]
+    #: What a site reads at a step, given its position and the steps whose outputs are stored, newest first.
+    forecast: Callable[[int, int, Sequence[int]], Sequence[float]]
 
     def mask(self, compute: int) -> Mask:
         return Mask(compute, compute & self.store, self.orders)
 
 
 def make_plan(
-    rows: Sequence[Sequence[bool]], steps: int, orders: Sequence[int] = (), times: Sequence[float] | None = None
+    rows: Sequence[Sequence[bool]],
+    steps: int,
+    orders: Sequence[int] = (),
+    forecast: Callable[[int, int, Sequence[int]], Sequence[float]] | None = None,
 ) -> Plan:
-    """Lay out one row per site. Sites that are never reused are computed and never stored."""
+    """Lay out one row per site. Sites that are never reused are computed and never stored.
+
+    ``forecast`` gives the coefficients of a site's stored outputs; by default those of the polynomial in the step.
+    """
     compute, last_compute = [], []
     latest = [0] * len(rows)
     for step in range(steps):
@@ -170,6 +179,6 @@ def make_plan(
         store,
         every=(1 << len(rows)) - 1,
         orders=orders,
-        times=tuple(map(float, range(steps) if times is None else times)),
         masks=tuple(masks[bits] for bits in compute),
+        forecast=forecast or (lambda index, step, stored: forecast_coefficients(stored, step)),
     )

@@ -21,10 +21,10 @@ def forecast_coefficients(times: Sequence[float], at: float) -> tuple[float, ...
 def difference_coefficients(coefficients: Sequence[float]) -> tuple[float, ...]:
     """Coefficients of the newest value and of successive differences that give the same sum as these of the values.
 
-    With ``d_i = v_{i-1} - v_i`` the sum of ``w_i v_i`` is ``v_0 - (w_1 + w_2 + ...) d_1 - (w_2 + ...) d_2 - ...``,
-    since the coefficients add up to 1.
+    With ``d_i = v_{i-1} - v_i`` the sum of ``w_i v_i`` is ``(w_0 + w_1 + ...) v_0 - (w_1 + w_2 + ...) d_1 - (w_2 +
+    ...) d_2 - ...``. Those of a polynomial add up to 1.
 
     Args:
-        coefficients: what ``forecast_coefficients`` returned, newest value first.
+        coefficients: of the values, newest first.
     """
-    return (1.0, *(-math.fsum(coefficients[i:]) for i in range(1, len(coefficients))))
+    return (math.fsum(coefficients), *(-math.fsum(coefficients[i:]) for i in range(1, len(coefficients))))

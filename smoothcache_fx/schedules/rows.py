@@ -69,6 +69,25 @@ def row_of(key: str, row: object, steps: int) -> tuple[bool, ...]:
     return tuple(map(bool, values))
 
 
+def coefficients_of(key: str, values: object, steps: int, most: int) -> tuple[tuple[float, ...], ...]:
+    """The coefficients of selector `key`: at most `most` finite numbers for each of `steps` steps."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ScheduleError(f"the coefficients of {key!r} are {values!r}, expected numbers for each of {steps} steps")
+    found = []
+    for step, one in enumerate(values):
+        listed = [scalar(value) for value in one] if isinstance(one, Iterable) and not isinstance(one, str) else [None]
+        numbers = [float(value) for value in listed if is_number(value) and math.isfinite(value)]
+        if len(numbers) < len(listed) or len(numbers) > most:
+            raise ScheduleError(
+                f"the coefficients of {key!r} at step {step} are {one!r}, expected at most {most} finite numbers, one "
+                "more than the order, newest value first"
+            )
+        found.append(tuple(numbers))
+    if len(found) != steps:
+        raise ScheduleError(f"the coefficients of {key!r} are of {len(found)} steps, expected {steps}")
+    return tuple(found)
+
+
 def times_of(times: object, steps: int) -> tuple[float, ...]:
     """The positions of `steps` steps as finite floats, strictly rising or falling."""
     values = numbers_of(times, "times", steps)

@@ -15,9 +15,10 @@ from ..checks import numbers_of, some_of, whole_number
 from ..errors import ScheduleError
 from ..passes.names import STACK, BlockRange
 from .clusters import variants_of
+from .coefficients import forecast_coefficients
 from .files import check_header, read_object
 from .html import schedule_html
-from .rows import compute_fraction, last_compute, row_of, selector_of, times_of, weights_of
+from .rows import coefficients_of, compute_fraction, last_compute, row_of, selector_of, times_of, weights_of
 from .selectors import KINDS, SiteLike, block_range, check_overlaps, selects_stacks, specificity
 
 __all__ = ["KINDS", "Schedule", "last_compute"]
@@ -57,6 +58,9 @@ class Schedule:
             memory for them. What a forecast loses is the rounding of the differences, 2^-11 of each in float16 and
             2^-8 in bfloat16, times their weights; the last output stays as it is. A difference beyond float16's
             65504 counts as that. Outputs in float16 and bfloat16 keep theirs. None keeps all as they are.
+        coefficients: selector -> for each step the coefficients of the last computed outputs, newest first, whose sum a
+            reused branch reads in place of the polynomial; none, or an empty sequence, for the polynomial's. At most
+            one more than its order. `Calibration.fit` makes them.
         flops: selector -> FLOPs of all its sites, in any unit: the weights for `compute_fraction`. Needs an
             entry for each selector in `compute`; further selectors count as always computed.
         timesteps: those that the sampler had at each step when the schedule was made. A compiled model warns if it is
@@ -77,6 +81,7 @@ class Schedule:
     times: Sequence[float] | None = None
     history_dtype: str | None = None
     timesteps: Sequence[float] | None = field(default=None, compare=False)
+    coefficients: Mapping[str, Sequence[Sequence[float]]] | None = None
 
     def __post_init__(self) -> None:
         steps = whole_number(self.steps, "steps", least=1)
@@ -104,6 +109,8 @@ class Schedule:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if self.coefficients is not None:
+            object.__setattr__(self, "coefficients", self._checked_coefficients(self.coefficients))
         if self.history_dtype is None:
             return
         if self.history_dtype not in HISTORY_DTYPES:
@@ -113,6 +120,32 @@ class Schedule:
                 f"history_dtype is {self.history_dtype!r}, but order is {_plain(self.order)}, so that nothing has a "
                 "history; expected an order of 1 or 2, or no history_dtype"
             )
+
+    def _checked_coefficients(self, given: object) -> Mapping[str, Sequence[Sequence[float]]]:
+        if not isinstance(given, Mapping):
+            raise ScheduleError(f"coefficients is a {type(given).__name__}, expected a mapping from selector to steps")
+        most = self.highest_order + 1
+        found = {selector_of(key): coefficients_of(key, values, self.steps, most) for key, values in given.items()}
+        return MappingProxyType(found)
+
+    def forecast(self, site: SiteLike, step: int, computed: Sequence[int]) -> tuple[float, ...]:
+        """The coefficients of a site's outputs of these `computed` steps, newest first, in what it reads at `step`.
+
+        Those of `coefficients`, if they are of as many outputs and the row has computed just these; else the
+        polynomial's.
+        """
+        if self.coefficients is not None:
+            fitted = _select(self.coefficients, site, "coefficients", ((),) * self.steps)[step]
+            if len(fitted) == len(computed) and tuple(computed) == self.history_for(site, step):
+                return fitted
+        times = range(self.steps) if self.times is None else self.times
+        return forecast_coefficients([times[at] for at in computed], times[step])
+
+    def history_for(self, site: SiteLike, step: int) -> tuple[int, ...]:
+        """The last steps before `step` at which `site` is computed, newest first: one more than its order, at most."""
+        row = self.row_for(site)
+        computed = [at for at in range(step - 1, -1, -1) if row[at]]
+        return tuple(computed[: self.order_for(site) + 1])
 
     def row_for(self, site: SiteLike) -> tuple[bool, ...]:
         """One decision per step for `site` (anything with `name`, `group` and `kind`): True is compute.
@@ -149,8 +182,9 @@ class Schedule:
 
     @property
     def selectors(self) -> list[str]:
-        """All selectors, of rows and then of orders, each once."""
-        return list(dict.fromkeys((*self.compute, *(self.order if isinstance(self.order, Mapping) else ()))))
+        """All selectors, of rows, then of orders and coefficients, each once."""
+        orders = self.order if isinstance(self.order, Mapping) else ()
+        return list(dict.fromkeys((*self.compute, *orders, *(self.coefficients or ()))))
 
     @property
     def block_ranges(self) -> tuple[BlockRange, ...]:
@@ -218,6 +252,8 @@ class Schedule:
             lines.append(f'  "history_dtype": {json.dumps(self.history_dtype)}')
         if self.timesteps is not None:
             lines.append(f'  "timesteps": {json.dumps(_plain(self.timesteps))}')
+        if self.coefficients is not None:
+            lines.append(f'  "coefficients": {json.dumps(_plain(self.coefficients))}')
         Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
     @classmethod
@@ -235,7 +271,7 @@ class Schedule:
         keys: tuple[str, ...] = ("steps", "order", "compute", "flops", "times")
         if data.get("format") == FORMAT and data.get("version") == 1:
             data.setdefault("times", None)
-        keys += tuple(key for key in ("history_dtype", "timesteps") if key in data)
+        keys += tuple(key for key in ("history_dtype", "timesteps", "coefficients") if key in data)
         published = "format" not in data and data and all(isinstance(row, list) for row in data.values())
         if not published:
             check_header(data, path, format=FORMAT, version=VERSION, keys=keys, error=ScheduleError)
@@ -258,8 +294,9 @@ class Schedule:
         ]
         if self.highest_order:
             times = ", in its times" if self.times else ""
+            fitted = ", with fitted coefficients" if self.coefficients else ""
             history = f", with a history of differences in {self.history_dtype}" if self.history_dtype else ""
-            lines.append(f"forecasts of order {_plain(self.order)}{times}{history}")
+            lines.append(f"forecasts of order {_plain(self.order)}{times}{fitted}{history}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -269,7 +306,7 @@ class Schedule:
         rows = {key: list(map(int, row)) for key, row in self.compute.items()}
         more = "".join(
             f", {name}={_plain(value)!r}"
-            for name in ("flops", "times", "history_dtype", "timesteps")
+            for name in ("flops", "times", "history_dtype", "timesteps", "coefficients")
             if (value := getattr(self, name)) is not None
         )
         return f"Schedule(steps={self.steps}, compute={rows}, order={_plain(self.order)}{more})"
@@ -277,12 +314,14 @@ class Schedule:
     def __hash__(self) -> int:
         flops = None if self.flops is None else frozenset(self.flops.items())
         order = frozenset(self.order.items()) if isinstance(self.order, Mapping) else self.order
-        return hash((self.steps, frozenset(self.compute.items()), order, flops, self.times, self.history_dtype))
+        fitted = None if self.coefficients is None else frozenset(self.coefficients.items())
+        return hash((self.steps, frozenset(self.compute.items()), order, flops, self.times, self.history_dtype, fitted))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The read-only mappings can be neither pickled nor deep-copied.
         plain = self.steps, dict(self.compute), _plain(self.order), _plain(self.flops)
-        return Schedule, (*plain, self.times, self.history_dtype, self.timesteps)
+        fitted = None if self.coefficients is None else dict(self.coefficients)
+        return Schedule, (*plain, self.times, self.history_dtype, self.timesteps, fitted)
 
 
 def _select(values: Mapping[str, Any], site: SiteLike, what: str, default: Any) -> Any:

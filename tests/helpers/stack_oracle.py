@@ -29,12 +29,19 @@ class StackOracle:
         rows: ``transformer_blocks.2-27`` -> one entry a step, true where it is computed.
         order: degree of the polynomial in the step through what a range added last.
         times: what the polynomial is one of, in place of the step.
+        coefficients: per range and step those of the kept values, newest first, in place of the polynomial's.
     """
 
     def __init__(
-        self, model: nn.Module, rows: Mapping[str, Sequence[int]], order: int = 0, times: Sequence[float] | None = None
+        self,
+        model: nn.Module,
+        rows: Mapping[str, Sequence[int]],
+        order: int = 0,
+        times: Sequence[float] | None = None,
+        coefficients: Mapping[str, Sequence[Sequence[float]]] | None = None,
     ) -> None:
         self.model, self.rows, self.order, self.times = model, rows, order, times
+        self.coefficients = coefficients or {}
         self._given: dict[str, list[Tensor]] = {}
         self._kept: dict[tuple[str, int, int], list[tuple[float, Tensor]]] = {}
         self._step, self._stream = 0, 0
@@ -98,4 +105,6 @@ class StackOracle:
             before = [] if self._step == 0 else self._kept.get(key, [])
             self._kept[key] = [(now, output - entry), *before[: self.order]]
             return output
+        if weights := self.coefficients.get(name, {self._step: ()})[self._step]:
+            return entry + sum(weight * value for weight, (_, value) in zip(weights, self._kept[key], strict=True))
         return entry + polynomial(self._kept[key], now)

@@ -1,0 +1,193 @@
+"""Forecasts with coefficients that are given or fitted: what is run, what is fitted, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import smoothcache_fx as smoothcache
+from helpers.cases import run_trajectory
+from helpers.models import CASES
+from helpers.stack_oracle import StackOracle
+from helpers.tolerances import COARSE, REORDERED, assert_close, assert_trajectories_close
+from smoothcache_fx import CalibrationError, Schedule, ScheduleError
+from smoothcache_fx.calibration.fitted import least_squares
+from smoothcache_fx.demo import load_model
+from smoothcache_fx.demo.sampler import sample
+from smoothcache_fx.schedules.coefficients import difference_coefficients, forecast_coefficients
+
+ROW = (1, 1, 0, 1, 0, 0, 1, 0)
+STEPS = len(ROW)
+#: At step 2 only two outputs are there yet. They need not add up to 1.
+GIVEN = ((), (), (1.5, -0.4), (), (2.0, -1.5, 0.4), (0.5, 0.3, 0.1), (), (1.2, -0.2, 0.1))
+
+
+def fitted(selector: str, **more) -> Schedule:
+    return Schedule(STEPS, {selector: ROW}, order=2, coefficients={selector: GIVEN}, **more)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_given_coefficients_are_what_is_read(backend):
+    case = CASES["diffusers_sd3"]
+    model = smoothcache.compile(case.build(0), fitted("transformer_blocks.0-2"), backend=backend)
+    run = {"steps": STEPS, "seed": 1, "dtype": torch.float32}
+    actual = run_trajectory(case, model, **run)
+    smoothcache.remove(model)
+    name = "transformer_blocks.0-2"
+    with StackOracle(model, {name: ROW}, 2, coefficients={name: GIVEN}) as oracle:
+        expected = run_trajectory(case, model, around=oracle.step, **run)
+    assert_trajectories_close(actual, expected, REORDERED, backend)
+    with StackOracle(model, {name: ROW}, 2) as oracle:
+        polynomial = run_trajectory(case, model, around=oracle.step, **run)
+    assert max(float((a - b).abs().max()) for a, b in zip(actual, polynomial, strict=True)) > 0.1
+
+
+def test_a_history_of_differences_takes_any_coefficients():
+    case = CASES["diffusers_dit"]
+    outputs = []
+    for dtype in (None, "float16"):
+        model = smoothcache.compile(case.build(0), fitted("stack", history_dtype=dtype), backend="eager")
+        outputs.append(run_trajectory(case, model, steps=STEPS, seed=1, dtype=torch.float32))
+    for whole, differences in zip(*outputs, strict=True):
+        assert_close(differences, whole, COARSE)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=4), st.lists(st.floats(-9, 9), min_size=4, max_size=4))
+def test_differences_weigh_as_values_do(coefficients, values):
+    values = values[: len(coefficients)]
+    differences = [values[0], *(values[i - 1] - values[i] for i in range(1, len(values)))]
+    converted = difference_coefficients(coefficients)
+    assert np.dot(converted, differences) == pytest.approx(np.dot(coefficients, values), abs=1e-9)
+
+
+def test_where_a_step_was_missed_the_polynomial_is_read():
+    site = type("Site", (), {"name": "a.0.attn", "group": "a.*.attn", "kind": "attn"})
+    schedule = fitted("attn")
+    assert schedule.history_for(site, 4) == (3, 1, 0)
+    assert schedule.forecast(site, 4, (3, 1, 0)) == GIVEN[4]
+    assert schedule.forecast(site, 4, (3, 1)) == forecast_coefficients((3, 1), 4)
+    assert schedule.forecast(site, 4, (3, 2, 1)) == forecast_coefficients((3, 2, 1), 4)
+    assert schedule.forecast(site, 2, (1, 0)) == GIVEN[2]
+
+
+def test_coefficients_go_through_a_file_and_copies(tmp_path):
+    schedule = fitted("attn")
+    schedule.save(tmp_path / "s.json")
+    loaded = Schedule.load(tmp_path / "s.json")
+    assert loaded == schedule == copy.deepcopy(schedule) and hash(loaded) == hash(schedule)
+    assert loaded.coefficients == {"attn": GIVEN} and loaded != Schedule(STEPS, {"attn": ROW}, order=2)
+    assert "with fitted coefficients" in str(loaded) and "coefficients=" in repr(loaded)
+
+
+@pytest.mark.parametrize(
+    "coefficients, message",
+    [
+        ([1.0], "coefficients is a list"),
+        ({"attn": [(1.0,)] * 3}, "are of 3 steps, expected 8"),
+        ({"attn": [(1.0, 2.0, 3.0, 4.0)] * STEPS}, "at step 0 are .*, expected at most 3 finite numbers"),
+        ({"attn": [(float("nan"),)] * STEPS}, "finite numbers"),
+        ({"attn": [1.0] * STEPS}, "finite numbers"),
+        ({"attn": "none"}, "expected numbers for each of 8 steps"),
+    ],
+)
+def test_bad_coefficients(coefficients, message):
+    with pytest.raises(ScheduleError, match=message):
+        Schedule(STEPS, {"attn": ROW}, order=2, coefficients=coefficients)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.floats(0, 1))
+def test_fitted_weights_add_up_to_one_and_err_no_more_than_where_they_start(seed, count, shrinkage):
+    generator = np.random.default_rng(seed)
+    reads = generator.normal(size=(count, 32)) * generator.uniform(0.1, 2, size=(count, 1))
+    start = generator.normal(size=count)
+    start /= start.sum()
+    weights = least_squares(reads @ reads.T, start, shrinkage)
+    assert weights.sum() == pytest.approx(1)
+    error, before = (float(np.square(one @ reads).sum()) for one in (weights, start))
+    assert error <= before * (1 + 1e-9)
+    assert least_squares(reads @ reads.T, start, 1e9) == pytest.approx(start, rel=1e-3, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    model = load_model().eval()
+
+    def run(model):
+        return sample(model, torch.arange(4), steps=12)
+
+    return model, run, smoothcache.calibrate(model, run, lags=4, order=2, grain="stack", steps=12, progress=False)
+
+
+def test_what_is_fitted_is_predicted_to_err_less(calibrated):
+    _, _, calibration = calibrated
+    row = Schedule.uniform(12, 4).compute["attn"]
+    plain = Schedule(12, {"blocks.0-11": row}, order=2)
+    schedule = calibration.fit(plain)
+    assert schedule.compute == plain.compute and schedule.order == 2
+    for step, coefficients in enumerate(schedule.coefficients["blocks.0-11"]):
+        assert len(coefficients) == (0 if row[step] or step < 5 else min(3, 1 + step // 4))
+        assert not coefficients or sum(coefficients) == pytest.approx(1)
+    products = calibration.sites[0].products.matrix()
+    for step, coefficients in enumerate(schedule.coefficients["blocks.0-11"]):
+        if coefficients:
+            computed = plain.history_for(calibration.sites[0], step)
+            gram = _reads(products, step, list(computed))
+            before = np.array(forecast_coefficients(computed, step))
+            assert coefficients @ gram @ np.array(coefficients) < before @ gram @ before
+    assert 0 < calibration.predicted_error(schedule) != calibration.predicted_error(plain)
+
+
+def test_groups_with_rows_of_their_own_are_fitted_by_their_outputs():
+    model = load_model().eval()
+    calibration = smoothcache.calibrate(
+        model, lambda model: sample(model, torch.arange(2), steps=8), lags=3, order=1, steps=8, progress=False
+    )
+    rows = {"blocks.*.attn": Schedule.uniform(8, 2).compute["attn"], "blocks.*.mlp": (1, 1, 0, 0, 1, 1, 0, 0)}
+    schedule = calibration.fit(Schedule(8, rows, order=1))
+    attention, feed_forward = (schedule.coefficients[group] for group in rows)
+    assert attention[3] != feed_forward[3] and attention[3] and feed_forward[3]
+    site = next(site for site in calibration.sites if site.group == "blocks.*.mlp")
+    products = site.products.matrix()
+    places = [3, 1, 0]
+
+    def error(weights):
+        parts = np.array([-1.0, *weights])
+        return parts @ products[np.ix_(places, places)] @ parts
+
+    own = least_squares(_reads(products, 3, [1, 0]), np.array(forecast_coefficients([1, 0], 3)), 0.0)
+    assert error(own) <= error(forecast_coefficients([1, 0], 3)) * (1 + 1e-9)
+
+
+def _reads(products, step, computed):
+    errors = np.hstack([-np.ones((len(computed), 1)), np.eye(len(computed))])
+    return errors @ products[np.ix_([step, *computed], [step, *computed])] @ errors.T
+
+
+def test_a_schedule_is_planned_with_fits_and_choose_tries_them(calibrated):
+    model, run, calibration = calibrated
+    schedule = calibration.schedule(compute=0.4, order="fit")
+    assert schedule.coefficients and schedule.order == 2 and schedule.compute_fraction <= 0.4
+    assert schedule.compute == calibration.schedule(compute=0.4, order=2).compute
+    choice = smoothcache.choose(model, run, compute=0.4, orders=(1, "fit"), calibration=calibration, progress=False)
+    assert {trial.schedule.coefficients is not None for trial in choice.trials} == {True, False}
+    assert " fit " in str(choice)
+
+
+def test_what_cannot_be_fitted(calibrated):
+    model, run, calibration = calibrated
+    with pytest.raises(CalibrationError, match="has 8 steps, the calibration 12"):
+        calibration.fit(Schedule(8, {"stack": (1, 0) * 4}, order=1))
+    with pytest.raises(CalibrationError, match="order 0"):
+        calibration.fit(Schedule.uniform(12, 2))
+    with pytest.raises(CalibrationError, match="expected 0, 1, 2 or 'fit'"):
+        calibration.schedule(compute=0.5, order="fitted")
+    bare = smoothcache.calibrate(model, run, order=None, grain="stack", steps=12, progress=False)
+    with pytest.raises(CalibrationError, match="made without order"):
+        bare.fit(Schedule(12, {"stack": (1, 0) * 6}, order=1))
+    with pytest.raises(CalibrationError, match="no data for forecasts of order 1"):
+        bare.schedule(compute=0.5, order="fit")
