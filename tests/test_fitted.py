@@ -17,6 +17,7 @@ from helpers.stack_oracle import StackOracle
 from helpers.tolerances import COARSE, REORDERED, assert_close, assert_trajectories_close
 from smoothcache_fx import CalibrationError, Schedule, ScheduleError
 from smoothcache_fx.calibration.fitted import least_squares
+from smoothcache_fx.calibration.products import group_matrix
 from smoothcache_fx.demo import load_model
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.schedules.coefficients import difference_coefficients, forecast_coefficients
@@ -100,17 +101,21 @@ def test_bad_coefficients(coefficients, message):
         Schedule(STEPS, {"attn": ROW}, order=2, coefficients=coefficients)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.floats(0, 1))
-def test_fitted_weights_add_up_to_one_and_err_no_more_than_where_they_start(seed, count, shrinkage):
+def error(products, weights):
+    parts = np.array([-1.0, *weights])
+    return float(parts @ products @ parts)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.floats(0, 1))
+def test_fitted_weights_err_no_more_than_where_they_start(seed, count, shrinkage):
     generator = np.random.default_rng(seed)
-    reads = generator.normal(size=(count, 32)) * generator.uniform(0.1, 2, size=(count, 1))
-    start = generator.normal(size=count)
-    start /= start.sum()
-    weights = least_squares(reads @ reads.T, start, shrinkage)
-    assert weights.sum() == pytest.approx(1)
-    error, before = (float(np.square(one @ reads).sum()) for one in (weights, start))
-    assert error <= before * (1 + 1e-9)
-    assert least_squares(reads @ reads.T, start, 1e9) == pytest.approx(start, rel=1e-3, abs=1e-3)
+    outputs = generator.normal(size=(count + 1, 32)) * generator.uniform(0.1, 2, size=(count + 1, 1))
+    products, start = outputs @ outputs.T, generator.normal(size=count)
+    weights = least_squares(products, start, shrinkage)
+    assert error(products, weights) <= error(products, start) + 1e-9
+    exact = np.linalg.lstsq(outputs[1:].T, outputs[0], rcond=None)[0]
+    np.testing.assert_allclose(least_squares(products, start, 0.0), exact, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(least_squares(products, start, 1e12), start, rtol=1e-6, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +136,11 @@ def test_what_is_fitted_is_predicted_to_err_less(calibrated):
     assert schedule.compute == plain.compute and schedule.order == 2
     for step, coefficients in enumerate(schedule.coefficients["blocks.0-11"]):
         assert len(coefficients) == (0 if row[step] or step < 5 else min(3, 1 + step // 4))
-        assert not coefficients or sum(coefficients) == pytest.approx(1)
-    products = calibration.sites[0].products.matrix()
-    for step, coefficients in enumerate(schedule.coefficients["blocks.0-11"]):
         if coefficients:
             computed = plain.history_for(calibration.sites[0], step)
-            gram = _reads(products, step, list(computed))
-            before = np.array(forecast_coefficients(computed, step))
-            assert coefficients @ gram @ np.array(coefficients) < before @ gram @ before
+            places = [step, *computed]
+            products = calibration.sites[0].products.matrix()[np.ix_(places, places)]
+            assert error(products, coefficients) < error(products, forecast_coefficients(computed, step))
     assert 0 < calibration.predicted_error(schedule) != calibration.predicted_error(plain)
 
 
@@ -151,21 +153,10 @@ def test_groups_with_rows_of_their_own_are_fitted_by_their_outputs():
     schedule = calibration.fit(Schedule(8, rows, order=1))
     attention, feed_forward = (schedule.coefficients[group] for group in rows)
     assert attention[3] != feed_forward[3] and attention[3] and feed_forward[3]
-    site = next(site for site in calibration.sites if site.group == "blocks.*.mlp")
-    products = site.products.matrix()
-    places = [3, 1, 0]
-
-    def error(weights):
-        parts = np.array([-1.0, *weights])
-        return parts @ products[np.ix_(places, places)] @ parts
-
-    own = least_squares(_reads(products, 3, [1, 0]), np.array(forecast_coefficients([1, 0], 3)), 0.0)
-    assert error(own) <= error(forecast_coefficients([1, 0], 3)) * (1 + 1e-9)
-
-
-def _reads(products, step, computed):
-    errors = np.hstack([-np.ones((len(computed), 1)), np.eye(len(computed))])
-    return errors @ products[np.ix_([step, *computed], [step, *computed])] @ errors.T
+    # The mean over the group's sites, each by its own size.
+    products = group_matrix([site.products for site in calibration.sites if site.group == "blocks.*.mlp"])
+    products = products[np.ix_([3, 1, 0], [3, 1, 0])]
+    np.testing.assert_allclose(feed_forward[3], least_squares(products, np.array(forecast_coefficients([1, 0], 3))))
 
 
 def test_a_schedule_is_planned_with_fits_and_choose_tries_them(calibrated):

@@ -15,7 +15,7 @@ from .products import group_matrix
 Array = NDArray[np.float64]
 #: How much a squared distance from the polynomial's coefficients counts, beside the mean square of what single reads
 #: err by.
-SHRINKAGE = 1e-4
+SHRINKAGE = 0.01
 
 
 def fitted(measured: Measurements, schedule: Schedule) -> Schedule:
@@ -38,30 +38,27 @@ def _coefficients(matrix: Array, schedule: Schedule, step: int, computed: Sequen
     Args:
         matrix: [steps, steps], inner products of outputs; NaN where they are not known.
     """
-    places = [step, *computed]
-    errors = np.hstack([-np.ones((len(computed), 1)), np.eye(len(computed))])
-    gram = errors @ matrix[np.ix_(places, places)] @ errors.T
-    if len(computed) < 2 or not np.isfinite(gram).all():
+    products = matrix[np.ix_([step, *computed], [step, *computed])]
+    if len(computed) < 2 or not np.isfinite(products).all():
         return ()
     times = range(schedule.steps) if schedule.times is None else schedule.times
     polynomial = np.array(forecast_coefficients([times[at] for at in computed], times[step]))
-    return tuple(map(float, least_squares(gram, polynomial)))
+    return tuple(map(float, least_squares(products, polynomial)))
 
 
-def least_squares(gram: Array, start: Array, shrinkage: float = SHRINKAGE) -> Array:
-    """The weights ``w`` that add up to 1 and have the least ``w' gram w + shrinkage * scale * |w - start|^2``.
+def least_squares(products: Array, start: Array, shrinkage: float = SHRINKAGE) -> Array:
+    """The ``w`` with the least ``|y - sum of w_i y_i|^2 + shrinkage * scale * |w - start|^2``.
+
+    They need not add up to 1: outputs that grow or fade along the trajectory are scaled, too.
 
     Args:
-        gram: [n, n], inner products of what reads of single steps err by; ``scale`` is the mean of its diagonal.
-        start: [n], adding up to 1.
+        products: [n + 1, n + 1], inner products of ``y`` and the ``y_i``; ``scale`` is the mean of ``|y - y_i|^2``.
+        start: [n].
     """
-    count = len(gram)
-    penalty = shrinkage * float(np.trace(gram)) / count
-    system = np.ones((count + 1, count + 1))
-    system[:count, :count] = gram + penalty * np.eye(count)
-    system[count, count] = 0.0
-    solution = np.linalg.lstsq(system, np.append(penalty * start, 1.0), rcond=None)[0]
-    return solution[:count]
+    distances = products[0, 0] - 2 * products[0, 1:] + products.diagonal()[1:]
+    penalty = shrinkage * float(distances.mean())
+    system = products[1:, 1:] + penalty * np.eye(len(start))
+    return np.linalg.lstsq(system, products[1:, 0] + penalty * start, rcond=None)[0]
 
 
 def _with_coefficients(schedule: Schedule, coefficients: Mapping[str, Sequence[Sequence[float]]]) -> Schedule:
