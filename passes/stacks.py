@@ -399,12 +399,13 @@ def _number(value: Any) -> int:
 
 
 def _behind_casts(node: Node) -> Node:
-    """What a sum in another dtype is cast back to, if nothing else uses it."""
+    """What a sum in a wider dtype is rounded to, if nothing else uses it."""
     while len(node.users) == 1:
         (user,) = node.users
-        if not is_view_or_cast(user) or not same_sizes(tensor_value(user).shape, tensor_value(node).shape):
+        rounded, whole = tensor_value(user), tensor_value(node)
+        if not is_view_or_cast(user) or not same_sizes(rounded.shape, whole.shape):
             break
-        if tensor_value(user).dtype == tensor_value(node).dtype:
+        if rounded.dtype.itemsize >= whole.dtype.itemsize:
             break
         node = user
     return node

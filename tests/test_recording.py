@@ -15,7 +15,7 @@ from helpers.cases import randomize
 from helpers.models import CASES
 from helpers.published_rule import PublishedCalibration, published_scan
 from helpers.tolerances import REORDERED
-from smoothcache_fx import CalibrationError, CompiledError, NoSitesError, Schedule
+from smoothcache_fx import CalibrationError, CompiledError, NoSitesError, Schedule, demo
 
 STEPS = 10
 
@@ -259,3 +259,33 @@ def test_a_repeated_call_that_is_captured_anew_is_computed_and_told(model, monke
 def test_weights_on_the_meta_device_are_refused(model):
     with pytest.raises(CalibrationError, match="are on the meta device, so that there is nothing to measure"):
         calibrate(model.to("meta"), sample)
+
+
+def measured_within(limit, **settings):
+    model = demo.load_model().eval()
+    settings = {"order": None, "steps": 8, "max_history_bytes": limit, "progress": False, **settings}
+    return smoothcache.calibrate(model, lambda model: demo.sample(model, torch.arange(4), steps=8), **settings)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return measured_within(None)
+
+
+def test_a_history_that_fits_is_measured_whole(whole):
+    assert measured_within(whole.history_bytes) == whole and "token_share" not in whole.metadata
+
+
+def test_one_that_does_not_is_measured_on_some_tokens(whole):
+    some = measured_within(whole.history_bytes // 8)
+    assert some.metadata["token_share"] == pytest.approx(1 / 8)
+    assert some.history_bytes == whole.history_bytes // 3, "one whole step's outputs"
+    for group in whole.groups:
+        assert np.nanmax(abs(some.error(group) / whole.error(group) - 1)) < 0.2
+        assert (some.error(group) != whole.error(group)).any()
+    assert some.schedule(alpha=0.2).compute
+
+
+def test_further_calls_need_whole_outputs():
+    with pytest.raises(CalibrationError, match="max_history_bytes is 1.0 MiB. Effects and followed"):
+        measured_within("1MiB", order=0)

@@ -189,6 +189,26 @@ def test_a_run_holds_what_nothing_outside_looks_into(between, expected, reason):
     assert found.to_dict()["stacks"][0]["name"] == expected[0]
 
 
+class WideSums(nn.Module):
+    """Blocks whose sums are in float32 between bfloat16 branches, as Wan's; the output is float32, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(16) for _ in range(3))
+
+    def forward(self, x, c):
+        for block in self.blocks:
+            x = (x.float() + block.attn(x)).type_as(x)
+            x = (x.float() + block.mlp(x)).type_as(x)
+        return x.float().tanh()
+
+
+def test_what_is_cached_has_the_streams_dtype():
+    x, c = (value.bfloat16() for value in inputs())
+    (stack,) = smoothcache.explain(randomize(WideSums(), 0).bfloat16(), x, c).stacks
+    assert stack.name == "blocks.0-2" and stack.cache_bytes == x.nbytes
+
+
 def test_a_range_is_split_where_a_long_skip_leaves_it():
     model = smoothcache.compile(randomize(Long("skips"), 0), Schedule(2, {"blocks.1-3": (1, 0)}), backend="eager")
     with torch.no_grad():
@@ -345,6 +365,36 @@ def test_choose_tries_both_grains(calibrated):
     assert choice.schedule == best.schedule and choice.calibration.grain == best.grain
     with pytest.raises(smoothcache.CalibrationError, match="grains has"):
         smoothcache.choose(model, run, compute=0.4, grains=("block",))
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_one_graph_for_all_sizes(order):
+    model = randomize(Stack(3), 0)
+    plain = copy.deepcopy(model)
+    smoothcache.compile(model, Schedule(2, {"stack": (1, 0)}, order=order), backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for batch, tokens in ((2, 6), (3, 9), (4, 6)):
+            x, c = inputs(batch, tokens)
+            expected, other = plain(x, c), torch.randn_like(x)
+            assert torch.equal(model(x, c), expected)
+            assert torch.equal(model(other, c), other + (expected - x))
+    assert smoothcache.report(model).graphs == 1
+
+
+def test_memory_stays_flat_over_trajectories_of_changing_sizes():
+    model = smoothcache.compile(randomize(Stack(2), 0), Schedule(2, {"stack": (1, 0)}, order=1), backend="eager")
+    sizes = []
+    with torch.no_grad():
+        for trajectory in range(200):
+            x, c = inputs(1 + trajectory % 4, 4 + trajectory % 3)
+            for _ in range(2):
+                model(x, c)
+            sizes.append(smoothcache.report(model).cache_bytes)
+    largest = 2 * 4 * 6 * 16 * 4
+    assert max(sizes[12:]) <= 3 * largest and max(sizes[100:]) <= max(sizes[12:100])
+    session = compiled_forward(model).session
+    smoothcache.remove(model)
+    assert not list(session.bindings())
 
 
 class TestMemory:
