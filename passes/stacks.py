@@ -85,6 +85,7 @@ def find_stacks(
         The stacks in graph order, and the blocks that are in none.
     """
     facts = GraphFacts(graph)
+    branches = _Branches(facts, sites, _sums_of_branches(facts, sites))
     taken: set[Site] = set()
     found: list[Stack] = []
     missed: list[tuple[Unstacked, list[Site]]] = []
@@ -92,7 +93,7 @@ def find_stacks(
         for level in range(_depth(sites)):
             for container in _containers(sites, level, wanted):
                 blocks = _blocks_of([site for site in sites if site not in taken], level, container, wanted)
-                for one in _runs(facts, sites, taken, container, blocks):
+                for one in _runs(branches, taken, container, blocks):
                     if isinstance(one, Stack):
                         found.append(replace(one, level=level))
                         taken.update(one.sites)
@@ -119,6 +120,22 @@ def as_site(stack: Stack, others: Iterable[Site]) -> Site:
         entries=stack.entries,
         holds=stack.sites,
     )
+
+
+@dataclass(frozen=True)
+class _Branches:
+    """All branches of a graph, and of each residual add what its branches consist of."""
+
+    facts: GraphFacts
+    sites: Sequence[Site]
+    sums: Mapping[Node, set[Node]]
+
+
+class _Refusal(NamedTuple):
+    """Why blocks are no stack; and, where all runs that reach a node are none, that node."""
+
+    reason: str
+    at: Node | None = None
 
 
 def _depth(sites: Sequence[Site]) -> int:
@@ -150,47 +167,55 @@ def _blocks_of(sites: Sequence[Site], level: int, container: str, wanted: BlockR
 
 
 def _runs(
-    facts: GraphFacts, sites: Sequence[Site], taken: set[Site], container: str, blocks: Mapping[int, list[Site]]
+    branches: _Branches, taken: set[Site], container: str, blocks: Mapping[int, list[Site]]
 ) -> Iterator[Stack | Unstacked]:
     """The longest runs of a list of blocks, from its first block on, and the blocks between them."""
+    position = branches.facts.position
     indices, begins = list(blocks), FIRST
     while indices:
-        reason = LAST
-        for count in range(len(indices), 0, -1):
+        reason, count = LAST, len(indices)
+        while count:
             members = [site for index in indices[:count] for site in blocks[index]]
             run = BlockRange(container, indices[0], indices[count - 1])
-            stack = _stack_of(facts, sites, members, run)
+            stack = _stack_of(branches, members, run)
             if isinstance(stack, Stack) and taken.isdisjoint(stack.sites):
                 yield replace(stack, begins=begins, ends=reason)
                 break
-            reason = stack if isinstance(stack, str) else "it would hold blocks of another stack"
+            refusal = _Refusal("it would hold blocks of another stack") if isinstance(stack, Stack) else stack
+            reason = refusal.reason
+            count -= 1
+            while count and refusal.at is not None and _reaches(blocks[indices[count - 1]], position, refusal.at):
+                count -= 1
         else:
-            yield Unstacked(run, reason)
+            yield Unstacked(BlockRange(container, indices[0], indices[0]), reason)
+            count = 1
         begins, indices = reason, indices[count:]
 
 
-def _stack_of(facts: GraphFacts, sites: Sequence[Site], members: Sequence[Site], blocks: BlockRange) -> Stack | str:
+def _reaches(block: Sequence[Site], position: Mapping[Node, int], node: Node) -> bool:
+    return any(position[add] > position[node] for site in block for add in site.adds)
+
+
+def _stack_of(branches: _Branches, members: Sequence[Site], blocks: BlockRange) -> Stack | _Refusal:
     """These blocks as a stack, or why they are none."""
-    sums = _sums_of_branches(facts, sites)
+    facts, sums = branches.facts, branches.sums
     region = _region(facts, members, sums)
-    held = [site for site in sites if any(output in region for output in site.outputs)]
+    held = [site for site in branches.sites if any(output in region for output in site.outputs)]
     own = {node for site in held for node in site.region}
     own |= {part for add in sums if add in region for part in (add, *_partial_sums(add))}
-    for node in region:
-        if (
-            node not in own
-            and not _is_in_a_block(node)
-            and any(_comes_from_outside(facts, part, node, region) for part in addends(node))
-        ):
-            return f"{_where(node)} adds what is computed outside of the blocks"
+    for node in facts.nodes:
+        if node not in region or node in own or _is_in_a_block(node):
+            continue
+        if any(_comes_from_outside(facts, part, node, region) for part in addends(node)):
+            return _Refusal(f"{_where(node)} adds what is computed outside of the blocks", node)
     ends = {part for site in members for add in site.adds for part in (add, *_partial_sums(add))}
     pairs = _streams(facts, region, sums, held, ends)
     if isinstance(pairs, str):
-        return pairs
+        return _Refusal(pairs)
     if any(output not in region for site in held for output in site.outputs):
-        return "one of its branches shares work with a branch outside"
+        return _Refusal("one of its branches shares work with a branch outside")
     if not pairs:
-        return "nothing uses what it computes"
+        return _Refusal("nothing uses what it computes")
     nodes = region | own
     return Stack(blocks, tuple(held), tuple(pairs.values()), tuple(pairs), tuple(n for n in facts.nodes if n in nodes))
 
@@ -217,10 +242,9 @@ def _streams(
             return f"{_user(leak, region)} uses {_where(leak)}, a stream of blocks in another list"
         pairs[leaving] = entry
     for leak in leaks:
-        later = [
-            one for one, entry in pairs.items() if entry is pairs[_behind_casts(leak)] and facts.descends(one, leak)
-        ]
-        if any(one is not _behind_casts(leak) for one in later):
+        own = _behind_casts(leak)
+        same = [other for other, entry in pairs.items() if other is not own and entry is pairs[own]]
+        if any(facts.descends(other, leak) for other in same):
             return f"{_user(leak, region)} uses the output of an inner block, {_where(leak)}"
     return pairs
 
@@ -341,7 +365,8 @@ def _part(node: Node) -> tuple[Node, int, int, int] | None:
     if packet(node) is aten.slice and len(node.args) < 5:
         base, dim, start, end = (*node.args, *(0, 0, None)[len(node.args) - 1 :])
         size = _size(base, dim)
-        return base, dim, _number(start or 0), size if end is None else min(size, _number(end))
+        first, last = (_number(size if place is None else place) for place in (start or 0, end))
+        return base, dim, first + (size if first < 0 else 0), min(size, last + (size if last < 0 else 0))
     if getattr(node.target, "__name__", "") == "getitem" and packet(node.args[0]) is aten.split_with_sizes:
         base, sizes, *dim = node.args[0].args
         numbers = [_number(size) for size in sizes]
@@ -363,10 +388,7 @@ def _piece_of_cat(
     if whole is not None:
         return _piece_of_cat(facts, whole, dim, start, end, branches)
     pieces, *along = node.args
-    if (
-        tensor_value(node).ndim
-        and (along[0] if along else 0) % tensor_value(node).ndim != dim % tensor_value(node).ndim
-    ):
+    if ((along[0] if along else 0) - dim) % tensor_value(node).ndim:
         return None
     offset = 0
     for piece in pieces:
