@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import CalibrationError
 from ..schedules.coefficients import forecast_coefficients
 from ..schedules.schedule import Schedule
 from .measurements import Measurements
+from .optimal import INDEPENDENT, predicted_error
 from .products import group_matrix
 
 Array = NDArray[np.float64]
-#: How much a squared distance from the polynomial's coefficients counts, beside the mean square of what single reads
-#: err by.
+#: How much a squared distance from a polynomial's coefficients counts, beside the mean square of what single reads err
+#: by: what is tried, and what is taken where the error of a whole schedule cannot be predicted.
+SHRINKAGES = (math.inf, 0.1, 0.01, 0.001)
 SHRINKAGE = 0.01
 
 
 def fitted(measured: Measurements, schedule: Schedule) -> Schedule:
-    """As `Calibration.fit`."""
+    """As `Calibration.fit`.
+
+    Each step's sum alone errs least without any shrinkage. Errors of steps add up on the way to the sample, and what is
+    fitted to some samples fits others less: so several shrinkages towards polynomials of all orders are tried, these
+    polynomials among them, and what is predicted to err least as a whole is taken.
+    """
+    orders = range(1, schedule.highest_order + 1)
+    candidates = [_fitted_near(measured, schedule, order, much) for order in orders for much in SHRINKAGES]
+    try:
+        errors = [predicted_error(measured, candidate, INDEPENDENT) for candidate in candidates]
+    except CalibrationError:  # no effects, or groups have rows of their own
+        return _fitted_near(measured, schedule, schedule.highest_order, SHRINKAGE)
+    return candidates[int(np.argmin(errors))]
+
+
+def _fitted_near(measured: Measurements, schedule: Schedule, order: int, shrinkage: float) -> Schedule:
+    """The schedule with coefficients near those of polynomials of at most this order."""
     found = {}
     for group, sites in measured.groups.items():
         if schedule.order_for(sites[0]):
             matrix = group_matrix([site.products for site in sites if site.products is not None])
-            row = schedule.row_for(sites[0])
             found[group] = [
-                () if computed else _coefficients(matrix, schedule, step, schedule.history_for(sites[0], step))
-                for step, computed in enumerate(row)
+                () if computed else _coefficients(matrix, schedule, step, history, order, shrinkage)
+                for step, computed in enumerate(schedule.row_for(sites[0]))
+                for history in [schedule.history_for(sites[0], step)]
             ]
     return _with_coefficients(schedule, found)
 
 
-def _coefficients(matrix: Array, schedule: Schedule, step: int, computed: Sequence[int]) -> tuple[float, ...]:
+def _coefficients(
+    matrix: Array, schedule: Schedule, step: int, computed: Sequence[int], order: int, shrinkage: float
+) -> tuple[float, ...]:
     """Those of the outputs of the ``computed`` steps, newest first; none if not all of these were measured.
 
     Args:
@@ -42,8 +64,10 @@ def _coefficients(matrix: Array, schedule: Schedule, step: int, computed: Sequen
     if len(computed) < 2 or not np.isfinite(products).all():
         return ()
     times = range(schedule.steps) if schedule.times is None else schedule.times
-    polynomial = np.array(forecast_coefficients([times[at] for at in computed], times[step]))
-    return tuple(map(float, least_squares(products, polynomial)))
+    newest = computed[: order + 1]
+    polynomial = np.zeros(len(computed))
+    polynomial[: len(newest)] = forecast_coefficients([times[at] for at in newest], times[step])
+    return tuple(map(float, least_squares(products, polynomial, shrinkage)))
 
 
 def least_squares(products: Array, start: Array, shrinkage: float = SHRINKAGE) -> Array:
@@ -55,6 +79,8 @@ def least_squares(products: Array, start: Array, shrinkage: float = SHRINKAGE) -
         products: [n + 1, n + 1], inner products of ``y`` and the ``y_i``; ``scale`` is the mean of ``|y - y_i|^2``.
         start: [n].
     """
+    if shrinkage == math.inf:
+        return start
     distances = products[0, 0] - 2 * products[0, 1:] + products.diagonal()[1:]
     penalty = shrinkage * float(distances.mean())
     system = products[1:, 1:] + penalty * np.eye(len(start))

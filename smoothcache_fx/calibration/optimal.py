@@ -245,8 +245,8 @@ def joint_plan(
     return JointPlan(require_effects(measured, order), importance, measured.lags, order, times, forecast)
 
 
-def predicted_error(measured: Measurements, schedule: Schedule) -> float:
-    """As `Calibration.predicted_error`."""
+def predicted_error(measured: Measurements, schedule: Schedule, independent: float = 0.0) -> float:
+    """As `Calibration.predicted_error`; ``independent`` as for `JointPlan.error`."""
     sites = measured.sites
     rows, orders = {schedule.row_for(site) for site in sites}, {schedule.order_for(site) for site in sites}
     if schedule.steps != measured.steps or len(rows) > 1 or len(orders) > 1:
@@ -255,7 +255,7 @@ def predicted_error(measured: Measurements, schedule: Schedule) -> float:
             f"groups; this one has {schedule.steps} steps, {len(rows)} rows and {len(orders)} orders"
         )
     plan = joint_plan(measured, orders.pop(), schedule.times, _mean_forecast(measured, schedule))
-    return math.sqrt(plan.error(rows.pop(), independent=0.0))
+    return math.sqrt(plan.error(rows.pop(), independent))
 
 
 def _mean_forecast(measured: Measurements, schedule: Schedule) -> Callable[[int, tuple[int, ...]], Array] | None:
