@@ -8,8 +8,10 @@ model's pipeline has it.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -22,6 +24,7 @@ from smoothcache_fx import Schedule
 from smoothcache_fx.graphs.tables import format_bytes, format_table
 
 STEPS = 50
+RESULT = Path(__file__).parent / "results" / "memory.json"
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ def measured(family: Family) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(FAMILIES), help="some of the models")
-    parser.add_argument("--write", action="store_true", help="write bench/results/memory.json")
+    parser.add_argument("--write", action="store_true", help="write bench/results/memory.json; others stay in it")
     arguments = parser.parse_args()
     heading = ("model", "sample", "weights", "branches", "order 1", "stacks", "order 1", "cached call's FLOPs")
     rows, results = [heading], {}
@@ -214,7 +217,8 @@ def main() -> None:
         print(f"{name}: {one['sites']} branches, stacks {', '.join(one['stacks'])}", flush=True)
     print(format_table(rows))
     if arguments.write:
-        print(f"written to {write_result('memory', {'steps': STEPS, 'models': results})}")
+        known = json.loads(RESULT.read_text())["models"] if RESULT.exists() else {}
+        print(f"written to {write_result('memory', {'steps': STEPS, 'models': known | results})}")
 
 
 if __name__ == "__main__":

@@ -26,16 +26,20 @@ def fitted(measured: Measurements, schedule: Schedule) -> Schedule:
     """As `Calibration.fit`.
 
     Each step's sum alone errs least without any shrinkage. Errors of steps add up on the way to the sample, and what is
-    fitted to some samples fits others less: so several shrinkages towards polynomials of all orders are tried, these
-    polynomials among them, and what is predicted to err least as a whole is taken.
+    fitted to some samples fits others less. For one group, such as a stack, several shrinkages towards polynomials of
+    all orders are tried, these polynomials among them, and what is predicted to err least as a whole is taken. Of
+    several groups together effects say too little for that.
     """
     orders = range(1, schedule.highest_order + 1)
-    candidates = [_fitted_near(measured, schedule, order, much) for order in orders for much in SHRINKAGES]
-    try:
-        errors = [predicted_error(measured, candidate, INDEPENDENT) for candidate in candidates]
-    except CalibrationError:  # no effects, or groups have rows of their own
-        return _fitted_near(measured, schedule, schedule.highest_order, SHRINKAGE)
-    return candidates[int(np.argmin(errors))]
+    if len(measured.groups) == 1:
+        candidates = [_fitted_near(measured, schedule, order, much) for order in orders for much in SHRINKAGES]
+        try:
+            errors = [predicted_error(measured, candidate, INDEPENDENT) for candidate in candidates]
+        except CalibrationError:  # effects were not measured as far back
+            pass
+        else:
+            return candidates[int(np.argmin(errors))]
+    return _fitted_near(measured, schedule, schedule.highest_order, SHRINKAGE)
 
 
 def _fitted_near(measured: Measurements, schedule: Schedule, order: int, shrinkage: float) -> Schedule:
@@ -84,7 +88,8 @@ def least_squares(products: Array, start: Array, shrinkage: float = SHRINKAGE) -
     distances = products[0, 0] - 2 * products[0, 1:] + products.diagonal()[1:]
     penalty = shrinkage * float(distances.mean())
     system = products[1:, 1:] + penalty * np.eye(len(start))
-    return np.linalg.lstsq(system, products[1:, 0] + penalty * start, rcond=None)[0]
+    solution = np.linalg.lstsq(system, products[1:, 0] + penalty * start, rcond=None)[0]
+    return np.asarray(solution, np.float64)
 
 
 def _with_coefficients(schedule: Schedule, coefficients: Mapping[str, Sequence[Sequence[float]]]) -> Schedule:

@@ -252,10 +252,10 @@ def explain(
         merged = schedule is not None and (limit is not None or schedule.has_stacks)
         stacks = _captured(model, None, None, args, kwargs) if merged else session
     try:
-        found = _explain_session(model, stacks)
+        explanation = _explain_session(model, stacks)
         if schedule is not None:
-            found.prediction = predict(session.programs, schedule)
-        return found
+            explanation.prediction = predict(session.programs, schedule)
+        return explanation
     finally:
         session.close()
         stacks.close()
