@@ -247,8 +247,8 @@ class Calibration:
         For each group and reused step, the sum of its last computed outputs that was nearest to its output, least
         squares over all that was measured, drawn towards a polynomial's coefficients: a little, and where there is one
         group, such as a stack, as much as is predicted to serve the whole schedule best, which may be all the way.
-        Steps that reuse for longer than was measured keep the polynomial's. Nothing more is compiled: coefficients are inputs of the graphs. (L2P, arXiv 2604.26365, fits them
-        too.)
+        Steps that reuse for longer than was measured keep the polynomial's. Nothing more is compiled: coefficients are
+        inputs of the graphs. (L2P, arXiv 2604.26365, fits them too.)
 
         Args:
             schedule: of this calibration's steps, with an order of 1 or 2.
