@@ -344,7 +344,8 @@ def _unscaled(node: Node, region: set[Node]) -> Node | None:
 def _one_step(facts: GraphFacts, node: Node, branches: Mapping[Node, set[Node]]) -> Node | None:
     """The value that a node hands on where branches are zero."""
     if node in branches:
-        leaves = [leaf for leaf in summands(node) if leaf not in branches[node]]
+        # A cast of the stream may be the branch's input, too.
+        leaves = [leaf for leaf in summands(node) if through_views(leaf) not in branches[node]]
         if len(leaves) > 1:  # the stream, and what the block adds beside its branches
             leaves = [leaf for leaf in leaves if any(facts.descends(n, through_views(leaf)) for n in branches[node])]
         return leaves[0] if len(leaves) == 1 else None

@@ -133,7 +133,14 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_readme.py": ("test_the_code_runs",),
     "test_recording.py": ("test_calls_are_repeated_with_inputs_of_the_same_strides",),
-    "test_stacks.py": ("test_every_class",),
+    "test_stacks.py": (
+        "test_every_class",
+        "test_times_and_streams",
+        "test_under_inductor",
+        "test_memory_stays_flat_over_trajectories_of_changing_sizes",
+        "test_choose_tries_both_grains",
+    ),
+    "test_fitted.py": ("test_a_schedule_is_planned_with_fits_and_choose_tries_them",),
     "test_structures.py": (
         "test_all_compute_is_the_plain_model_bit_for_bit",
         "test_every_branch_is_a_site_and_nothing_else",
@@ -202,6 +209,7 @@ NOT_QUICK = frozenset(
         "test_cuda_graphs.py",
         "test_docstrings.py",
         "test_eager_work.py",
+        "test_fitted.py",
         "test_first_calls.py",
         "test_first_recipe.py",
         "test_inputs.py",

@@ -199,6 +199,7 @@ class WideSums(nn.Module):
     def forward(self, x, c):
         for block in self.blocks:
             x = (x.float() + block.attn(x)).type_as(x)
+            x = x + block.attn(x)
             x = (x.float() + block.mlp(x)).type_as(x)
         return x.float().tanh()
 
