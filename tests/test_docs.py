@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
+import statistics
 import types
 from pathlib import Path
 from typing import Any
@@ -80,3 +82,12 @@ def test_the_demos_figures_are_those_of_the_benchmarks():
     rows = [line for line in lines if re.match(r"\| (torch\.compile|alpha|\d+ steps)", line)]
     assert len(rows) == 7
     assert not set(rows) - set(text_of(DOCS / "benchmarks.md").splitlines())
+
+
+def test_the_table_of_grains_is_what_the_bench_wrote():
+    found = json.loads((DOCS.parent / "bench/results/grains.json").read_text(encoding="utf-8"))
+    lines = text_of(DOCS / "choosing-a-schedule.md").splitlines()
+    for interval in {run["interval"] for run in found["runs"]}:
+        medians = [statistics.median(run["psnr"]) for run in found["runs"] if run["interval"] == interval]
+        cells = " | ".join(f"{value:.1f}" for value in medians)
+        assert any(line.startswith("| ") and line.endswith(f" of 50 | {cells} |") for line in lines), cells

@@ -59,10 +59,18 @@ def test_it_calls_what_there_is(block):
 
 def test_the_table_is_what_the_bench_wrote():
     models = json.loads((ROOT / "bench/results/memory.json").read_text(encoding="utf-8"))["models"]
-    rows = [
-        f"| {name} | {one['size']} | {one['weight_bytes'] / 2**30:.1f} | {one['share_in_sites']:.1%} "
-        f"| {one['mac_ratio']:.2f} | {' | '.join(f'{size / 2**30:.2f}' for size in one['cache_bytes'].values())} |"
-        for name, one in models.items()
-    ]
+    rows = []
+    for name, one in models.items():
+        branches, stacks = one["cache_bytes"]["branch"].values(), one["cache_bytes"]["stack"].values()
+        sizes = [f"{size / 2**30:.2f}" for size in branches] + [f"{size / 2**30:.3f}" for size in stacks]
+        rows.append(f"| {name} | {one['size']} | {one['weight_bytes'] / 2**30:.1f} | {' | '.join(sizes)} |")
     missing = [row for row in rows if row not in PAGE.splitlines()]
     assert not missing, "write into docs/recipes.md:\n" + "\n".join(missing)
+
+
+def test_every_model_has_two_values_of_order_one_and_the_mac_ratio_of_the_page():
+    models = json.loads((ROOT / "bench/results/memory.json").read_text(encoding="utf-8"))["models"]
+    for one in models.values():
+        assert f"{one['mac_ratio']:.2f}" == "2.00"
+        for sizes in one["cache_bytes"].values():
+            assert sizes["1"] == 2 * sizes["0"]
