@@ -17,26 +17,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch.fx import Graph, Node
 
-from .facts import (
-    FACTORIES,
-    GraphFacts,
-    aten,
-    is_product,
-    is_view_or_cast,
-    module_path,
-    packet,
-    same_sizes,
-    source_line,
-    tensor_value,
-    through_views,
-)
-from .flops import concrete, count_flops
+from .facts import FACTORIES, GraphFacts, module_path, packet, same_sizes, source_line, tensor_value
+from .flops import count_flops
 from .names import STACK, BlockRange, block_of
 from .sites import Site, only_needed_by, output_bytes
+from .skip_path import behind_casts, entry_like, is_in_a_block, only_entry_like, without_branches
 from .sums import addends, is_partial_sum, is_sum, summands
 
 FIRST, LAST = "the first block", "the last block"
@@ -204,7 +193,7 @@ def _stack_of(branches: _Branches, members: Sequence[Site], blocks: BlockRange) 
     own = {node for site in held for node in site.region}
     own |= {part for add in sums if add in region for part in (add, *_partial_sums(add))}
     for node in facts.nodes:
-        if node not in region or node in own or _is_in_a_block(node):
+        if node not in region or node in own or is_in_a_block(node):
             continue
         if any(_comes_from_outside(facts, part, node, region) for part in addends(node)):
             return _Refusal(f"{_where(node)} adds what is computed outside of the blocks", node)
@@ -233,16 +222,16 @@ def _streams(
     leaks = [node for node in facts.nodes if node in region and any(_reads(user, region) for user in node.users)]
     pairs: dict[Node, Node] = {}
     for leak in leaks:
-        entry, steps = _without_branches(facts, leak, region, sums)
-        leaving = _behind_casts(leak)
-        entry = _entry_like(leaving, entry) or _only_entry_like(facts, leaving, held, region)
+        entry, steps = without_branches(facts, leak, region, sums)
+        leaving = behind_casts(leak)
+        entry = entry_like(leaving, entry) or only_entry_like(facts, leaving, held, region)
         if entry is None:
             return f"{_user(leak, region)} uses {_where(leak)}, which is no residual stream"
         if steps and steps[0] not in ends:
             return f"{_user(leak, region)} uses {_where(leak)}, a stream of blocks in another list"
         pairs[leaving] = entry
     for leak in leaks:
-        own = _behind_casts(leak)
+        own = behind_casts(leak)
         same = [other for other, entry in pairs.items() if other is not own and entry is pairs[own]]
         if any(facts.descends(other, leak) for other in same):
             return f"{_user(leak, region)} uses the output of an inner block, {_where(leak)}"
@@ -262,7 +251,7 @@ def _sums_of_branches(facts: GraphFacts, sites: Sequence[Site]) -> dict[Node, se
 
 
 def _without_control(facts: GraphFacts, add: Node, branch: set[Node]) -> Node:
-    while not _is_in_a_block(add):
+    while not is_in_a_block(add):
         parts = addends(add)
         nested = [part for part in parts if is_sum(part) and is_partial_sum(part)]
         others = [part for part in parts if part not in nested]
@@ -281,11 +270,6 @@ def _partial_sums(add: Node) -> Iterator[Node]:
         if is_sum(part) and is_partial_sum(part):
             yield part
             yield from _partial_sums(part)
-
-
-def _is_in_a_block(node: Node) -> bool:
-    """Whether a module of a list made the node, and not the model that calls its blocks."""
-    return any(part.isdigit() for part in module_path(node).split("."))
 
 
 def _reads(user: Node, region: set[Node]) -> bool:
@@ -317,147 +301,6 @@ def _comes_from_outside(facts: GraphFacts, part: Node, total: Node, region: set[
         return False
     ours, whole = tensor_value(part), tensor_value(total)
     return whole is not None and ours is not None and ours.ndim > 2 and same_sizes(ours.shape, whole.shape)
-
-
-def _without_branches(
-    facts: GraphFacts, node: Node, region: set[Node], branches: Mapping[Node, set[Node]]
-) -> tuple[Node | None, list[Node]]:
-    """What the node would be with all branches at zero: a value from outside, or None.
-
-    And the residual sums on the way, the last block's first.
-    """
-    passed: list[Node] = []
-    step: Node | None = node
-    while step is not None and step in region:
-        if step in branches or (passed and step not in passed):
-            passed.append(step)
-        step = _unscaled(step, region) or _one_step(facts, step, branches)
-    return step, passed
-
-
-def _unscaled(node: Node, region: set[Node]) -> Node | None:
-    """The stream that a node multiplies by a mask or a scale from outside."""
-    factors = [factor for factor in node.args[:2] if factor in region] if is_product(node) else []
-    return factors[0] if len(factors) == 1 and len(node.args) > 1 else None
-
-
-def _one_step(facts: GraphFacts, node: Node, branches: Mapping[Node, set[Node]]) -> Node | None:
-    """The value that a node hands on where branches are zero."""
-    if node in branches:
-        # A cast of the stream may be the branch's input, too.
-        leaves = [leaf for leaf in summands(node) if through_views(leaf) not in branches[node]]
-        if len(leaves) > 1:  # the stream, and what the block adds beside its branches
-            leaves = [leaf for leaf in leaves if any(facts.descends(n, through_views(leaf)) for n in branches[node])]
-        return leaves[0] if len(leaves) == 1 else None
-    if is_view_or_cast(node):
-        return node.args[0]
-    if packet(node) is aten.add and _is_in_a_block(node):  # positions, which each block adds to the stream
-        return next(iter(addends(node)), None)
-    if (part := _part(node)) is not None:
-        base, dim, start, end = part
-        return _piece_of_cat(facts, base, dim, start, end, branches)
-    if packet(node) is aten.cat:
-        return _whole_of_parts(node)
-    return None
-
-
-def _part(node: Node) -> tuple[Node, int, int, int] | None:
-    """What a node is a slice of, along which dimension, from where and to where."""
-    if packet(node) is aten.slice and len(node.args) < 5:
-        base, dim, start, end = (*node.args, *(0, 0, None)[len(node.args) - 1 :])
-        size = _size(base, dim)
-        first, last = (_number(size if place is None else place) for place in (start or 0, end))
-        return base, dim, first + (size if first < 0 else 0), min(size, last + (size if last < 0 else 0))
-    if getattr(node.target, "__name__", "") == "getitem" and packet(node.args[0]) is aten.split_with_sizes:
-        base, sizes, *dim = node.args[0].args
-        numbers = [_number(size) for size in sizes]
-        start = sum(numbers[: node.args[1]])
-        return base, dim[0] if dim else 0, start, start + numbers[node.args[1]]
-    return None
-
-
-def _piece_of_cat(
-    facts: GraphFacts, node: Node, dim: int, start: int, end: int, branches: Mapping[Node, set[Node]]
-) -> Node | None:
-    """The tensor that lies from ``start`` to ``end`` in what a stream was put together from."""
-    while packet(node) is not aten.cat:
-        before = _one_step(facts, node, branches) if node in branches or is_view_or_cast(node) else None
-        if before is None or not same_sizes(tensor_value(before).shape, tensor_value(node).shape):
-            return None
-        node = before
-    whole = _whole_of_parts(node)
-    if whole is not None:
-        return _piece_of_cat(facts, whole, dim, start, end, branches)
-    pieces, *along = node.args
-    if ((along[0] if along else 0) - dim) % tensor_value(node).ndim:
-        return None
-    offset = 0
-    for piece in pieces:
-        if (offset, offset + _size(piece, dim)) == (start, end):
-            return piece
-        offset += _size(piece, dim)
-    return None
-
-
-def _whole_of_parts(cat: Node) -> Node | None:
-    """What was cut into the parts that a cat puts together again."""
-    parts = [_part(node) for node in cat.args[0]]
-    if not parts or any(part is None for part in parts):
-        return None
-    base, dim, at, _ = parts[0]
-    for other, along, start, end in parts:
-        if other is not base or along != dim or start != at:
-            return None
-        at = end
-    whole = parts[0][2] == 0 and at == _size(base, dim)
-    return base if whole and same_sizes(tensor_value(base).shape, tensor_value(cat).shape) else None
-
-
-def _size(node: Node, dim: int) -> int:
-    return concrete(tensor_value(node).shape[dim])
-
-
-def _number(value: Any) -> int:
-    return concrete(value.meta["val"] if isinstance(value, Node) else value)
-
-
-def _behind_casts(node: Node) -> Node:
-    """What a sum in a wider dtype is rounded to, if nothing else uses it."""
-    while len(node.users) == 1:
-        (user,) = node.users
-        rounded, whole = tensor_value(user), tensor_value(node)
-        if not is_view_or_cast(user) or not same_sizes(rounded.shape, whole.shape):
-            break
-        if rounded.dtype.itemsize >= whole.dtype.itemsize:
-            break
-        node = user
-    return node
-
-
-def _entry_like(leaving: Node, entry: Node | None) -> Node | None:
-    """The entry, or what it is a view of, if it looks like the exit."""
-    while entry is not None and not _alike(entry, leaving):
-        entry = entry.args[0] if is_view_or_cast(entry) else None
-    return entry
-
-
-def _only_entry_like(facts: GraphFacts, leaving: Node, held: Sequence[Site], region: set[Node]) -> Node | None:
-    """Where norms stand in the stream itself: the one value with the exit's looks that a branch starts from."""
-    found = {
-        leaf
-        for site in held
-        for add in site.adds
-        for leaf in summands(add)
-        if leaf not in region and leaf in facts.activations and _alike(leaf, leaving)
-    }
-    return found.pop() if len(found) == 1 else None
-
-
-def _alike(left: Node, right: Node) -> bool:
-    ours, theirs = tensor_value(left), tensor_value(right)
-    if ours is None or theirs is None:
-        return False
-    return ours.dtype == theirs.dtype and ours.ndim == theirs.ndim and same_sizes(ours.shape, theirs.shape)
 
 
 def _where(node: Node) -> str:

@@ -9,7 +9,8 @@ from .measure.calibrate import calibrate
 from .measure.choose import Choice, choose
 from .measure.sensitivity import measure_sensitivity
 from .reports.compare import Comparison, compare
-from .reports.explain import Explanation, dump, explain
+from .reports.explain import dump, explain
+from .reports.explanation import Explanation
 from .reports.prediction import Prediction
 from .reports.report import Report, report
 from .reports.timing import timed

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .calibration.measurements import GRAINS
-from .checks import is_number, one_of, scalar, some_of, whole_number
+from .checks import is_number, one_of, scalar, sequence, some_of, whole_number
 from .errors import ScheduleError
 from .passes.names import STACK, BlockRange
 from .schedules.schedule import Schedule
@@ -221,7 +221,7 @@ def db_cache(
         raise ScheduleError(
             f"first is {first} and last {last}, of a list of {depth} blocks: no block between them is left to be cached"
         )
-    row = [int(value) for value in _finite(mask, "mask", "1 or 0 for each step")]
+    row = sequence(mask, "mask")
     return Schedule(len(row), {str(BlockRange(blocks, first, depth - 1 - last)): row}, order=order)
 
 

@@ -218,6 +218,7 @@ NOT_QUICK = frozenset(
         "test_package.py",
         "test_properties.py",
         "test_recording.py",
+        "test_max_cache_bytes.py",
         "test_stacks.py",
         "test_trajectories.py",
         "test_whole.py",

@@ -373,6 +373,8 @@ def test_db_cache_computes_the_blocks_at_both_ends(order):
     case, mask = CASES["diffusers_dit"], [1, 1, 0, 1, 0, 0]
     with pytest.raises(ScheduleError, match="no block between them is left"):
         db_cache(mask, blocks="transformer_blocks", depth=2, first=1, last=1)
+    with pytest.raises(ScheduleError, match="has 0.5 at step 1, expected 1"):
+        db_cache([1, 0.5, 0], blocks="transformer_blocks", depth=2, first=1)
     schedule = db_cache(mask, blocks="transformer_blocks", depth=2, first=1, order=order)
     assert schedule == Schedule(6, {"transformer_blocks.1-1": mask}, order=order)
     model = smoothcache.compile(case.build(), schedule, backend="eager")

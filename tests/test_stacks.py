@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import runpy
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 import smoothcache_fx as smoothcache
-from helpers.capture import Block, Stack, inputs
+from helpers.capture import Block, Long, Stack, inputs, stacks_of
 from helpers.cases import Case, randomize, run_trajectory
 from helpers.models import CASES
 from helpers.stack_oracle import StackOracle
@@ -35,10 +34,6 @@ NOT_COVERED = "WanAnimate2Transformer3DModel"
 NOT_COMPARED = ("local_facial_extractor.layers", "vace_blocks")
 #: Where errors of float32 grow on the way: what caching changes, over what rounding may.
 SENSITIVE = {"SanaWMTransformer3DModel": 1000}
-
-
-def stacks_of(model: nn.Module) -> list[str]:
-    return [site.name for site in compiled_forward(model).session.sites() if site.kind == "stack"]
 
 
 def check(case: Case, order: int, backend: str = "eager", streams: int = 1, **settings) -> list[str]:
@@ -147,30 +142,6 @@ def test_a_reused_step_has_the_products_of_embeddings_and_the_final_layer_alone(
     assert all([user.target for user in node.users] == [torch.ops.aten.add.Tensor] for node in caches)
 
 
-class Long(nn.Module):
-    """Four blocks, and something between the second and the third."""
-
-    def __init__(self, between: str) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(16) for _ in range(4))
-        self.skips = nn.ModuleList(nn.Linear(32, 16) for _ in range(2))
-        self.between = between
-
-    def forward(self, x, c, control=None):
-        seen = []
-        for index, block in enumerate(self.blocks):
-            if self.between == "skips" and index > 1:
-                x = self.skips[index - 2](torch.cat([x, seen.pop()], dim=-1))
-            x = block(x, c)
-            if index < 2:
-                seen.append(x)
-            if self.between == "control" and index == 1:
-                x = x + control
-            if self.between == "scale" and index == 1:
-                x = x * 0.9
-        return (x, seen[1]) if self.between == "output" else x
-
-
 @pytest.mark.parametrize(
     "between, expected, reason",
     [
@@ -224,6 +195,27 @@ def test_a_range_is_split_where_a_long_skip_leaves_it():
     with torch.no_grad():
         model(*inputs())
     assert stacks_of(model) == ["blocks.0-0", "blocks.1-2"], "block 3 reads what block 0 gives"
+
+
+class Interleaved(nn.Module):
+    """Between the two blocks of one list stands one of another, of a higher index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(32) for _ in range(2))
+        self.extra = nn.ModuleList([nn.Identity(), nn.Identity(), nn.Identity(), Block(32)])
+
+    def forward(self, x, c):
+        return self.blocks[1](self.extra[3](self.blocks[0](x, c), c), c)
+
+
+def test_a_run_may_hold_a_block_of_another_list():
+    model = smoothcache.compile(randomize(Interleaved(), 0), Schedule(2, {"stack": (1, 0)}), backend="eager")
+    with torch.no_grad():
+        model(*inputs(width=32))
+    assert stacks_of(model) == ["blocks.0-1"]
+    held = next(site for site in compiled_forward(model).session.sites()).holds
+    assert {branch.name for branch in held} >= {"extra.3.attn", "extra.3.mlp"}
 
 
 def test_every_block_behind_a_graph_break_is_a_stack_with_a_row_of_its_range():
@@ -401,89 +393,3 @@ def test_memory_stays_flat_over_trajectories_of_changing_sizes():
     session = compiled_forward(model).session
     smoothcache.remove(model)
     assert not list(session.bindings())
-
-
-class TestMemory:
-    """``max_cache_bytes``: of two streams, [2, 6, 16] float32 a value."""
-
-    VALUE = 2 * 6 * 16 * 4
-    ROWS: ClassVar = {"attn": (1, 0, 1, 0), "ffn": (1, 1, 0, 0)}
-
-    def run(self, limit, model=None, order=0, **settings):
-        model = model or randomize(Stack(4), 0)
-        given = (*inputs(), torch.randn(2, 6, 16)) if isinstance(model, Long) else inputs()
-        schedule = Schedule(4, self.ROWS, order=order)
-        smoothcache.compile(model, schedule, backend="eager", max_cache_bytes=limit, **settings)
-        with torch.no_grad():
-            for _ in range(4 * settings.get("calls_per_step", 1)):
-                model(*given)
-        return model
-
-    def test_branches_where_they_fit(self):
-        model = self.run(8 * self.VALUE)
-        assert not stacks_of(model) and smoothcache.report(model).cache_bytes == 8 * self.VALUE
-
-    def test_one_stack_where_they_do_not(self):
-        model = self.run(8 * self.VALUE - 1)
-        assert stacks_of(model) == ["blocks.0-3"] and smoothcache.report(model).cache_bytes == self.VALUE
-        (group,) = smoothcache.report(model).groups
-        assert (group.computed, group.reused) == (3, 1), "computed where one of its branches is"
-
-    def test_only_as_many_stacks_as_it_takes(self):
-        found = self.run(7 * self.VALUE, model=randomize(Long("control"), 0))
-        assert len(stacks_of(found)) == 1 and smoothcache.report(found).cache_bytes == 5 * self.VALUE
-
-    def test_forecasts_and_streams_count(self):
-        assert not stacks_of(self.run(16 * self.VALUE, order=1))
-        assert stacks_of(self.run(16 * self.VALUE - 1, order=1))
-        model = self.run(16 * self.VALUE - 1, calls_per_step=2)
-        assert stacks_of(model) and smoothcache.report(model).cache_bytes == 2 * self.VALUE
-
-    def test_what_does_not_fit_is_an_error_with_the_sizes(self):
-        with pytest.raises(
-            ScheduleError, match=r"take 6.0 KiB by branch and 768 B by stack; max_cache_bytes leaves 500 B"
-        ):
-            self.run(500)
-
-    def test_another_size_is_planned_for_itself(self):
-        model = self.run("7 KiB")
-        assert not stacks_of(model)
-        x, c = inputs(4, 6)
-        with torch.no_grad():
-            for _ in range(4):
-                model(x, c)
-        assert stacks_of(model) == ["blocks.0-3"]
-        assert smoothcache.report(model).cache_bytes <= 7 * 1024
-
-    def test_a_stream_that_was_not_counted_is_refused(self):
-        """Wan calls its denoiser twice a step, in two cache contexts."""
-        pytest.importorskip("transformers")
-        from pipelines import build
-
-        case = build.CASES["wan"]
-        rows = dict.fromkeys(("attn", "cross_attn", "ffn"), (1, 0, 1))
-        pipe = build.quiet(case.make())
-        smoothcache.compile(pipe, Schedule(3, rows), backend="eager")
-        build.run(case, pipe, 3)
-        needed = smoothcache.report(pipe).cache_bytes
-        smoothcache.remove(pipe)
-        smoothcache.compile(pipe, Schedule(3, rows), backend="eager", max_cache_bytes=needed)
-        build.run(case, pipe, 3)
-        smoothcache.remove(pipe)
-        smoothcache.compile(pipe, Schedule(3, rows), backend="eager", max_cache_bytes=needed - 1)
-        with pytest.raises(ScheduleError, match="2 streams of calls have their own caches"):
-            build.run(case, pipe, 3)
-
-    @pytest.mark.parametrize("limit", ["2 XB", 0, -1, True, "abc", 1.5])
-    def test_bad_limits(self, limit):
-        with pytest.raises(ValueError, match="max_cache_bytes is .*, expected bytes"):
-            smoothcache.compile(randomize(Stack(1), 0), Schedule(4, self.ROWS), max_cache_bytes=limit)
-
-    def test_explain_says_what_would_be_done(self):
-        model, schedule = randomize(Stack(4), 0), Schedule(4, self.ROWS)
-        found = smoothcache.explain(model, *inputs(), schedule=schedule, max_cache_bytes=self.VALUE)
-        assert found.prediction.stacks == ("blocks.0-3",) and found.prediction.cache_bytes == self.VALUE
-        assert "cached as one: blocks.0-3" in str(found)
-        assert len(found.sites) == 8
-        with pytest.raises(ValueError, match="without a schedule"):
-            smoothcache.explain(model, *inputs(), max_cache_bytes=1)

@@ -154,8 +154,8 @@ class Calibration:
         of forecasts that are predicted to move the final sample least. Where none is predicted to be clearly better it
         is every n-th step, without forecasts.
 
-        The paper's rule: from each computed step, the longest reuse whose error is at most `alpha`. Each group has a
-        own row.
+        The paper's rule: from each computed step, the longest reuse whose error is at most `alpha`. Each group has
+        its own row.
 
         Args:
             alpha: the largest error allowed, the same for all groups, at least 0.

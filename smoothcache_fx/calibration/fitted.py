@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,7 @@ def _fitted_near(measured: Measurements, schedule: Schedule, order: int, shrinka
                 for step, computed in enumerate(schedule.row_for(sites[0]))
                 for history in [schedule.history_for(sites[0], step)]
             ]
-    return _with_coefficients(schedule, found)
+    return dataclasses.replace(schedule, coefficients=found)
 
 
 def _coefficients(
@@ -90,16 +91,3 @@ def least_squares(products: Array, start: Array, shrinkage: float = SHRINKAGE) -
     system = products[1:, 1:] + penalty * np.eye(len(start))
     solution = np.linalg.lstsq(system, products[1:, 0] + penalty * start, rcond=None)[0]
     return np.asarray(solution, np.float64)
-
-
-def _with_coefficients(schedule: Schedule, coefficients: Mapping[str, Sequence[Sequence[float]]]) -> Schedule:
-    return Schedule(
-        schedule.steps,
-        schedule.compute,
-        order=schedule.order,
-        flops=schedule.flops,
-        times=schedule.times,
-        history_dtype=schedule.history_dtype,
-        timesteps=schedule.timesteps,
-        coefficients=coefficients,
-    )

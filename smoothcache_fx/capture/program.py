@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -266,13 +266,22 @@ def _names_of(sites: Sequence[Site], names: Mapping[int, str], call: int) -> dic
     for site in sites:
         parameters = [_weight_name(weight, names) for weight in site.weights]
         if site.entries:
-            blocks = [found for name in parameters if (found := block_of(name, site.containers)) is not None]
-            indices = [index for _, index in blocks]
-            paths.append(str(BlockRange(blocks[0][0], min(indices), max(indices))))
+            paths.append(_range_of(site, parameters))
         else:
             paths.append(drop_components(common_module(parameters), site.containers))
     unique = unique_names(paths, [site.kind for site in sites], call)
     return {site: SiteName(name, group_of(name), site.kind) for site, name in zip(sites, unique, strict=True)}
+
+
+def _range_of(stack: Site, parameters: Iterable[str]) -> str:
+    """The blocks of a stack at the place whose parameters these are. It may hold branches of other lists, too."""
+    container = group_of(stack.name.rpartition(".")[0])
+    found = [block for name in parameters if (block := block_of(name, stack.containers)) is not None]
+    own = [block for block in found if group_of(block[0]) == container]
+    if not own:  # its weights lie elsewhere
+        return stack.name
+    indices = [index for _, index in own]
+    return str(BlockRange(own[0][0], min(indices), max(indices)))
 
 
 def check_stacks(schedule: Schedule, sites: Sequence[SiteInfo]) -> None:

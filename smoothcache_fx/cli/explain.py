@@ -14,7 +14,7 @@ from .command import FACTORY, command, show
 from .models import dtype_named, from_diffusers, made_by, meta_inputs, shape_given, uncallable, value_given
 
 if TYPE_CHECKING:
-    from ..reports.explain import Explanation
+    from ..reports.explanation import Explanation
     from ..schedules.schedule import Schedule
 
 

@@ -97,7 +97,6 @@ class Schedule:
                 f"such as {{'attn': [1, 0, ...]}}"
             )
         rows = {selector_of(key): row_of(key, row, steps) for key, row in self.compute.items()}
-        check_overlaps(dict.fromkeys((*rows, *(order if isinstance(order, Mapping) else ()))))
         flops = None if self.flops is None else MappingProxyType(weights_of(self.flops, rows))
         checked = {
             "steps": steps,
@@ -111,6 +110,7 @@ class Schedule:
             object.__setattr__(self, name, value)
         if self.coefficients is not None:
             object.__setattr__(self, "coefficients", self._checked_coefficients(self.coefficients))
+        check_overlaps(self.selectors)
         if self.history_dtype is None:
             return
         if self.history_dtype not in HISTORY_DTYPES:

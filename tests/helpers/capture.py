@@ -12,6 +12,7 @@ from smoothcache_fx.capture import _torch
 from smoothcache_fx.capture.inner import inner_compiler
 from smoothcache_fx.capture.program import Program
 from smoothcache_fx.capture.session import Session
+from smoothcache_fx.compiled.forward import compiled_forward
 from smoothcache_fx.runtime.calls import ModelCall
 from smoothcache_fx.runtime.clock import Clock
 
@@ -89,5 +90,34 @@ class Stack(nn.Module):
         return x
 
 
+class Long(nn.Module):
+    """Four blocks, and something between the second and the third."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(16) for _ in range(4))
+        self.skips = nn.ModuleList(nn.Linear(32, 16) for _ in range(2))
+        self.between = between
+
+    def forward(self, x, c, control=None):
+        seen = []
+        for index, block in enumerate(self.blocks):
+            if self.between == "skips" and index > 1:
+                x = self.skips[index - 2](torch.cat([x, seen.pop()], dim=-1))
+            x = block(x, c)
+            if index < 2:
+                seen.append(x)
+            if self.between == "control" and index == 1:
+                x = x + control
+            if self.between == "scale" and index == 1:
+                x = x * 0.9
+        return (x, seen[1]) if self.between == "output" else x
+
+
 def inputs(batch: int = 2, tokens: int = 6, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, tokens, width), torch.randn(batch, width)
+
+
+def stacks_of(model: nn.Module) -> list[str]:
+    """The runs of blocks that a compiled model caches as one."""
+    return [site.name for site in compiled_forward(model).session.sites() if site.kind == "stack"]
