@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ from helpers.oracle import Oracle
 from helpers.tolerances import SAME_KERNELS, assert_trajectories_close
 from smoothcache_fx import CompiledError, Schedule
 from smoothcache_fx.capture.whole import WholeModule, whole_module
+from smoothcache_fx.reports import explain
 from zoo.case import ROWS, STEPS
 
 
@@ -159,6 +161,19 @@ def test_one_graph_its_work_and_what_is_said_of_it():
 def model_inputs(case: Case) -> list[Tensor]:
     latents, (conditioning,) = case.inputs(1, torch.float32)
     return [latents, torch.ones(len(latents)), *conditioning.values()]
+
+
+def test_explain_counts_their_work_after_the_capture(monkeypatch):
+    """What captured the model may be collected before its graphs are read, which name the modules by number alone."""
+    read = explain._explain_session
+
+    def collected(*args):
+        gc.collect()
+        return read(*args)
+
+    monkeypatch.setattr(explain, "_explain_session", collected)
+    explanation = smoothcache.explain(ROUTED.build(), *model_inputs(ROUTED))
+    assert [stack.name for stack in explanation.stacks] == ["blocks.0-1"]
 
 
 def test_calibration_measures_them():

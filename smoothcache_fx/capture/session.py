@@ -28,6 +28,7 @@ from .budget import order_of, row_of
 from .inner import CompileVariant, InnerCompiler
 from .program import Frame, Program
 from .variants import GraphBuilder
+from .whole import WholeModules
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class Capture:
     Attributes:
         programs: one for each graph.
         broken: whether more than one graph has run in one call of the model.
-        whole: modules that stand as one op in the graph, by name, since it would break inside of them.
+        whole: modules that stand as one op in the graph, since it would break inside of them. The graphs name them by
+            number alone, so they live as long as the graphs.
         eager_flops: FLOPs of an eager call by list of blocks, where the graph broke (``eager_work.py``).
         settled_share: ``share_outside`` once the first call is over; graphs of later sizes would count beside those of
             the first.
@@ -55,16 +57,22 @@ class Capture:
 
     programs: list[Program] = field(default_factory=list)
     broken: bool = False
-    whole: tuple[str, ...] = ()
+    whole: WholeModules | None = None
     eager_flops: Counter[str] | None = None
     settled_share: float | None = None
     recorded: Any = None
 
     def close(self) -> None:
-        """Free caches and variants."""
+        """Free caches, variants and modules."""
         for program in self.programs:
             program.close()
         self.programs.clear()
+        self.whole = None
+
+    @property
+    def names_of_whole(self) -> tuple[str, ...]:
+        """The names of the modules that are kept whole."""
+        return tuple(self.whole.names) if self.whole else ()
 
 
 class Session:

@@ -112,7 +112,7 @@ class Traced:
             stacks = [program.frame.break_stack for program in self.session.programs]
             self._try(self._compile(data_dependent_sizes=True), inputs)
             if self._loses_work() and (modules := self._whole_modules(stacks, inputs)):
-                self._try(_with(modules, self._compile()), inputs, modules.names)
+                self._try(_with(modules, self._compile()), inputs, modules)
         if self.session.capture.eager_flops:
             self.session.capture.settled_share = share_outside(self.session)
         self._sites = self.session.current.call.sites
@@ -181,7 +181,7 @@ class Traced:
             log.info("%s: %s", failed, error)
             return None
 
-    def _try(self, call: Callable[..., Any], inputs: tuple[Any, Any], whole: Sequence[str] = ()) -> None:
+    def _try(self, call: Callable[..., Any], inputs: tuple[Any, Any], whole: WholeModules | None = None) -> None:
         """Make the first call again in another way, and keep that way if it has more work in sites."""
         before = flops_in_sites(self.session)
         kept = self.session.set_aside()
@@ -196,7 +196,7 @@ class Traced:
         now = flops_in_sites(self.session)
         log.info("FLOPs in sites: %.3g before, %.3g in another way", before, now)
         if now > before:
-            self._call, self.session.capture.whole = call, tuple(whole)
+            self._call, self.session.capture.whole = call, whole
             kept.close()
         else:
             self.session.put_back(kept)

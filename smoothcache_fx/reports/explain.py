@@ -226,7 +226,7 @@ def _explain_session(model: torch.nn.Module, session: Session) -> Explanation:
         flops=sum(program.builder.flops * len(program.bindings) for program in programs),
         breaks=breaks,
         lost_share=share_outside(session) if breaks else 0.0,
-        whole=session.capture.whole,
+        whole=session.capture.names_of_whole,
         stacks=stacks,
         unstacked=unstacked,
     )

@@ -221,7 +221,7 @@ def _report(forward: CompiledForward, prefix: str) -> tuple[Report, int, int]:
         graphs=len(session.programs),
         breaks=breaks,
         lost_share=share_outside(session) if breaks else 0.0,
-        whole=session.capture.whole,
+        whole=session.capture.names_of_whole,
         uncompiled_calls=forward.uncompiled_calls,
         forced=forced,
         failures=Counter(what for program in session.programs for what in program.builder.failures.values()),
