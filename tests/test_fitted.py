@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import smoothcache_fx as smoothcache
@@ -16,7 +17,8 @@ from helpers.models import CASES
 from helpers.stack_oracle import StackOracle
 from helpers.tolerances import COARSE, REORDERED, assert_close, assert_trajectories_close
 from smoothcache_fx import CalibrationError, Schedule, ScheduleError
-from smoothcache_fx.calibration.fitted import least_squares
+from smoothcache_fx.calibration.effects import Effects
+from smoothcache_fx.calibration.fitted import fitted_together, least_squares
 from smoothcache_fx.calibration.products import group_matrix
 from smoothcache_fx.demo import load_model
 from smoothcache_fx.demo.sampler import sample
@@ -136,9 +138,58 @@ def test_what_is_fitted_is_predicted_to_err_less(calibrated):
     assert schedule.compute == plain.compute and schedule.order == 2
     for step, coefficients in enumerate(schedule.coefficients["blocks.0-11"]):
         assert len(coefficients) == (0 if row[step] or step < 5 else min(3, 1 + step // 4))
-    # Polynomials are among what it is chosen from, by an error that counts some of the steps' errors as independent.
-    others = [calibration.predicted_error(Schedule(12, plain.compute, order=order)) for order in (1, 2)]
-    assert 0 < calibration.predicted_error(schedule) <= 1.02 * min(others)
+        assert sum(coefficients) == pytest.approx(1) or not coefficients
+    others = [calibration.predicted_error(Schedule(12, plain.compute, order=order)) for order in (0, 1, 2)]
+    assert 0 < calibration.predicted_error(schedule) < 0.95 * min(others)
+
+
+SITE = SimpleNamespace(name="blocks.0-3", group="blocks.0-3", kind="stack")
+
+
+def moves(effects: Effects, importance, coefficients, schedule: Schedule):
+    """By how much each step moves the output: [steps, dimensions]."""
+    found = np.zeros((schedule.steps, effects.sketch.shape[-1]))
+    for step, computed in enumerate(schedule.compute["stack"]):
+        history = [] if computed else list(schedule.history_for(SITE, step))
+        given = coefficients[step] or schedule.polynomial(step, history) if history else ()
+        for at, coefficient in zip(history, given, strict=True):
+            found[step] += importance[step] * coefficient * effects.sketch[step, step - at]
+    return found
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2]), st.floats(0.05, 1))
+@settings(max_examples=30, deadline=None)
+def test_no_other_coefficients_move_the_sample_less(seed, order, independent):
+    """Of those that add up to 1: any change of them along the way makes the objective larger."""
+    generator = np.random.default_rng(seed)
+    sketch = generator.normal(size=(STEPS, STEPS, 16)).astype(np.float32)
+    effects, importance = Effects(sketch, 1.0), generator.uniform(0.5, 2, STEPS)
+    schedule = Schedule(STEPS, {"stack": ROW}, order=order)
+    found = fitted_together(effects, importance, schedule, SITE, independent)
+
+    def objective(coefficients) -> float:
+        each = moves(effects, importance, coefficients, schedule)
+        together = each.sum(0)
+        return (1 - independent) * float(together @ together) + independent * float((each**2).sum())
+
+    least = objective(found)
+    assert least <= objective([()] * STEPS) + 1e-9
+    for step in range(STEPS):
+        assert bool(found[step]) == (not ROW[step])
+        if found[step]:
+            change = generator.normal(size=len(found[step])) * 1e-2
+            changed = [*found]
+            changed[step] = tuple(np.array(found[step]) + change - change.mean())
+            assert sum(changed[step]) == pytest.approx(1) and objective(changed) > least
+
+
+def test_what_was_not_measured_keeps_the_polynomial():
+    sketch = np.random.default_rng(0).normal(size=(STEPS, STEPS, 16)).astype(np.float32)
+    sketch[4, 3] = np.nan
+    found = fitted_together(Effects(sketch, 1.0), np.ones(STEPS), Schedule(STEPS, {"stack": ROW}, order=2), SITE)
+    assert [bool(coefficients) for coefficients in found] == [False, False, True, False, False, True, False, True]
+    near = fitted_together(Effects(sketch[:, :2], 1.0), np.ones(STEPS), Schedule(STEPS, {"stack": ROW}, order=1), SITE)
+    assert not any(near)
 
 
 def test_groups_with_rows_of_their_own_are_fitted_by_their_outputs():
@@ -160,7 +211,10 @@ def test_a_schedule_is_planned_with_fits_and_choose_tries_them(calibrated):
     model, run, calibration = calibrated
     schedule = calibration.schedule(compute=0.4, order="fit")
     assert schedule.coefficients and schedule.order == 2 and schedule.compute_fraction <= 0.4
-    assert schedule.compute == calibration.schedule(compute=0.4, order=2).compute
+    planned = [calibration.schedule(compute=0.4, order=order) for order in (0, 1, 2)]
+    fits = [calibration.fit(Schedule(12, plan.compute, order=2)) for plan in planned]
+    assert schedule.compute in [plan.compute for plan in planned]
+    assert calibration.predicted_error(schedule) <= 1.1 * min(map(calibration.predicted_error, fits))
     choice = smoothcache.choose(model, run, compute=0.4, orders=(1, "fit"), calibration=calibration, progress=False)
     assert {trial.schedule.coefficients is not None for trial in choice.trials} == {True, False}
     assert " fit " in str(choice)

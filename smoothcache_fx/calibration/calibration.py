@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -22,7 +24,7 @@ from .fitted import fitted
 from .greedy import alpha_for, scan
 from .html import calibration_html
 from .measurements import ALL, FIT, GRAINS
-from .optimal import predicted_error
+from .optimal import CAUTIOUS, predicted_error
 from .planner import highest_order, optimal_rows, warn_if_behind
 from .site_errors import SiteErrors
 from .statistics import Moments, combine, half_width
@@ -163,10 +165,10 @@ class Calibration:
             solver: ``optimal``, the default for compute: the rows of least predicted error. ``greedy``, the default for
                 alpha: the paper's rule; with compute it takes the alpha that comes closest from below (for rows of
                 groups `alpha_for` gives it).
-            order: of the forecasts, 0 to 2; or ``"fit"``: rows as for the highest order that the calibration can
-                predict, with the coefficients of `fit`. The default of ``optimal`` is the best of the orders that the
-                calibration can predict (``calibrate(..., order=...)``); that of ``greedy`` is 0, whose rows it has at
-                any order.
+            order: of the forecasts, 0 to 2; or ``"fit"``: the coefficients of `fit` for the highest order that the
+                calibration can predict, with the rows of any order that suit them best. The default of ``optimal`` is
+                the best of the orders that the calibration can predict (``calibrate(..., order=...)``); that of
+                ``greedy`` is 0, whose rows it has at any order.
             rows: ``joint``, one row for all groups, the default of ``optimal`` (where it can predict it: without
                 effects for order 0); ``group``, the default of ``greedy``, one for each group, which ``optimal`` has
                 share the budget by their FLOPs, groups under 3% of them following the one before; ``site``, one for
@@ -199,11 +201,35 @@ class Calibration:
             max_variants = whole_number(max_variants, "max_variants", 2, CalibrationError)
         if solver == "optimal" and compute is None:
             raise CalibrationError("solver='optimal' takes compute= (a share of the FLOPs), not alpha=")
-        to_fit = order == FIT
-        if to_fit:
-            order = highest_order(self)
-        elif isinstance(order, str):
+        if isinstance(order, str) and order != FIT:
             raise CalibrationError(f"order is {order!r}, expected 0, 1, 2 or 'fit', or None for the best of 0 to 2")
+        plan = functools.partial(
+            self._planned,
+            alpha,
+            compute,
+            solver,
+            rows=rows,
+            max_variants=max_variants,
+            times=times,
+            keep_last=keep_last,
+        )
+        schedule = self._best_fit(plan) if order == FIT else plan(order)
+        warn_if_behind(self, schedule)
+        return schedule
+
+    def _planned(
+        self,
+        alpha: float | None,
+        compute: float | None,
+        solver: str | None,
+        order: int | None,
+        *,
+        rows: str | None,
+        max_variants: int | None,
+        times: Sequence[float] | None,
+        keep_last: bool | None,
+    ) -> Schedule:
+        """The schedule of one order, or of the best one; arguments as for `schedule`."""
         found: Mapping[str, Sequence[bool]]
         if compute is not None and solver != "greedy":
             budget = self._share_of_flops(compute)
@@ -213,10 +239,24 @@ class Calibration:
         else:
             found = self._greedy_rows(alpha, compute, rows, keep_last is not False, max_variants)
             order, flops = 0 if order is None else order, self._flops()
-        schedule = Schedule(self.steps, found, order=order, flops=flops, times=times, timesteps=self.timesteps)
-        schedule = self.fit(schedule) if to_fit else schedule
-        warn_if_behind(self, schedule)
-        return schedule
+        return Schedule(self.steps, found, order=order, flops=flops, times=times, timesteps=self.timesteps)
+
+    def _best_fit(self, plan: Callable[[int], Schedule]) -> Schedule:
+        """Fitted to the rows of each order, which suit other coefficients; the one of least predicted error."""
+        highest = highest_order(self)
+        fits = []
+        for order in range(highest + 1):
+            try:
+                planned = plan(order)
+            except CalibrationError:  # forecasts need more computed steps, as after guidance is switched off
+                if not fits:
+                    raise
+            else:
+                fits.append(self.fit(dataclasses.replace(planned, order=highest)))
+        joint = all(len({fit.row_for(site) for site in self.sites}) == 1 for fit in fits)
+        if not joint or self.effects is None:
+            return fits[-1]
+        return min(fits, key=lambda fit: predicted_error(self, fit, CAUTIOUS))
 
     def _greedy_rows(
         self, alpha: float | None, compute: float | None, rows: str | None, keep_last: bool, max_variants: int | None
@@ -244,11 +284,11 @@ class Calibration:
     def fit(self, schedule: Schedule) -> Schedule:
         """A copy of a schedule whose forecasts have fitted coefficients in place of the polynomials'.
 
-        For each group and reused step, the sum of its last computed outputs that was nearest to its output, least
-        squares over all that was measured, drawn towards a polynomial's coefficients: a little, and where there is one
-        group, such as a stack, as much as is predicted to serve the whole schedule best, which may be all the way.
-        Steps that reuse for longer than was measured keep the polynomial's. Nothing more is compiled: coefficients are
-        inputs of the graphs. (L2P, arXiv 2604.26365, fits them too.)
+        Where all groups have one row they have the same coefficients: those with which all reused steps together are
+        predicted to move the final sample least, so that later steps make good for earlier ones. Groups with rows of
+        their own have coefficients of their own: those of the sum of kept outputs that is nearest to the group's
+        output. Steps that reuse for longer than was measured keep the polynomial's. Nothing more is compiled:
+        coefficients are inputs of the graphs. (L2P, arXiv 2604.26365, fits them too.)
 
         Args:
             schedule: of this calibration's steps, with an order of 1 or 2.

@@ -3,76 +3,107 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CalibrationError
-from ..schedules.coefficients import forecast_coefficients
 from ..schedules.schedule import Schedule
-from .measurements import Measurements
-from .optimal import INDEPENDENT, predicted_error
+from .effects import Effects
+from .measurements import ALL, Measurements
+from .optimal import INDEPENDENT
 from .products import group_matrix
+from .site_errors import SiteErrors
 
 Array = NDArray[np.float64]
 #: How much a squared distance from a polynomial's coefficients counts, beside the mean square of what single reads err
-#: by: what is tried, and what is taken where the error of a whole schedule cannot be predicted.
-SHRINKAGES = (math.inf, 0.1, 0.01, 0.001)
+#: by, where each group is fitted to its own outputs.
 SHRINKAGE = 0.01
 
 
 def fitted(measured: Measurements, schedule: Schedule) -> Schedule:
-    """As `Calibration.fit`.
+    """As `Calibration.fit`."""
+    groups = {group: sites[0] for group, sites in measured.groups.items() if schedule.order_for(sites[0])}
+    same = len({(schedule.row_for(site), schedule.order_for(site)) for site in measured.sites}) == 1
+    if same and measured.effects is not None:
+        importance = measured.sensitivity.get(ALL, np.ones(measured.steps))
+        together = fitted_together(measured.effects, importance, schedule, measured.sites[0])
+        coefficients = dict.fromkeys(groups, together)
+    else:
+        coefficients = {group: _fitted_alone(measured, schedule, group) for group in groups}
+    return dataclasses.replace(schedule, coefficients=coefficients)
 
-    Each step's sum alone errs least without any shrinkage. Errors of steps add up on the way to the sample, and what is
-    fitted to some samples fits others less. For one group, such as a stack, several shrinkages towards polynomials of
-    all orders are tried, these polynomials among them, and what is predicted to err least as a whole is taken. Of
-    several groups together effects say too little for that.
+
+def fitted_together(
+    effects: Effects, importance: Array, schedule: Schedule, site: SiteErrors, independent: float = INDEPENDENT
+) -> list[tuple[float, ...]]:
+    """The coefficients, the same for all groups, with which the plan as a whole moves the model's output least.
+
+    Each reused step moves the output, and the sampler passes these moves on: their sum is what the sample is off by. So
+    the steps are fitted together, and later ones make good for earlier ones. Effects are known of outputs that are read
+    as they are; of a sum they follow where coefficients add up to 1.
+
+    Args:
+        importance: [steps], what an effect counts for.
+        site: any of those that the schedule's row and order are for.
+        independent: share of the squared error by which steps add up as independent ones: the calibration's samples
+            are not those of later, and errors that undo each other exactly there will not do so elsewhere.
+
+    Returns:
+        Those of each step, newest first; none where a step is computed, only one output is there to be read, or not all
+        of them were measured.
     """
-    orders = range(1, schedule.highest_order + 1)
-    if len(measured.groups) == 1:
-        candidates = [_fitted_near(measured, schedule, order, much) for order in orders for much in SHRINKAGES]
-        try:
-            errors = [predicted_error(measured, candidate, INDEPENDENT) for candidate in candidates]
-        except CalibrationError:  # effects were not measured as far back
-            pass
-        else:
-            return candidates[int(np.argmin(errors))]
-    return _fitted_near(measured, schedule, schedule.highest_order, SHRINKAGE)
+    dimensions = effects.sketch.shape[-1]
+    steps, starts, directions = [], [], []
+    total = np.zeros(dimensions)
+    for step, computed in enumerate(schedule.row_for(site)):
+        history = () if computed else schedule.history_for(site, step)
+        lags = [step - at for at in history]
+        if not history or max(lags) > effects.reach or not np.isfinite(effects.sketch[step, lags]).all():
+            continue
+        reads = importance[step] * effects.sketch[step, lags].astype(np.float64)
+        start = np.array(schedule.polynomial(step, history))
+        total += start @ reads
+        if len(history) > 1:
+            steps.append(step)
+            starts.append(start)
+            directions.append((start @ reads, reads[1:] - reads[0]))
+    unknowns = [(index, column) for index, (_, reads) in enumerate(directions) for column in range(len(reads))]
+    if not unknowns:
+        return [()] * schedule.steps
+    moves = np.concatenate([reads for _, reads in directions])
+    owner = np.array([index for index, _ in unknowns])
+    weight = np.where(owner[:, None] == owner, 1.0, 1.0 - independent)
+    alone = np.array([directions[index][0] @ directions[index][1][column] for index, column in unknowns])
+    slope = (1.0 - independent) * (moves @ total) + independent * alone
+    found = -np.linalg.lstsq(weight * (moves @ moves.T), slope, rcond=None)[0]
+    coefficients: list[tuple[float, ...]] = [()] * schedule.steps
+    for index, (step, start) in enumerate(zip(steps, starts, strict=True)):
+        change = found[owner == index]
+        coefficients[step] = tuple(map(float, start + np.array([-change.sum(), *change])))
+    return coefficients
 
 
-def _fitted_near(measured: Measurements, schedule: Schedule, order: int, shrinkage: float) -> Schedule:
-    """The schedule with coefficients near those of polynomials of at most this order."""
-    found = {}
-    for group, sites in measured.groups.items():
-        if schedule.order_for(sites[0]):
-            matrix = group_matrix([site.products for site in sites if site.products is not None])
-            found[group] = [
-                () if computed else _coefficients(matrix, schedule, step, history, order, shrinkage)
-                for step, computed in enumerate(schedule.row_for(sites[0]))
-                for history in [schedule.history_for(sites[0], step)]
-            ]
-    return dataclasses.replace(schedule, coefficients=found)
+def _fitted_alone(measured: Measurements, schedule: Schedule, group: str) -> list[tuple[float, ...]]:
+    """For each step the sum of the group's kept outputs that was nearest to its output."""
+    sites = measured.groups[group]
+    matrix = group_matrix([site.products for site in sites if site.products is not None])
+    return [
+        () if computed else _nearest(matrix, schedule, step, schedule.history_for(sites[0], step))
+        for step, computed in enumerate(schedule.row_for(sites[0]))
+    ]
 
 
-def _coefficients(
-    matrix: Array, schedule: Schedule, step: int, computed: Sequence[int], order: int, shrinkage: float
-) -> tuple[float, ...]:
-    """Those of the outputs of the ``computed`` steps, newest first; none if not all of these were measured.
+def _nearest(matrix: Array, schedule: Schedule, step: int, history: Sequence[int]) -> tuple[float, ...]:
+    """Those of the outputs of the ``history`` of steps, newest first; none if not all of these were measured.
 
     Args:
         matrix: [steps, steps], inner products of outputs; NaN where they are not known.
     """
-    products = matrix[np.ix_([step, *computed], [step, *computed])]
-    if len(computed) < 2 or not np.isfinite(products).all():
+    products = matrix[np.ix_([step, *history], [step, *history])]
+    if len(history) < 2 or not np.isfinite(products).all():
         return ()
-    times = range(schedule.steps) if schedule.times is None else schedule.times
-    newest = computed[: order + 1]
-    polynomial = np.zeros(len(computed))
-    polynomial[: len(newest)] = forecast_coefficients([times[at] for at in newest], times[step])
-    return tuple(map(float, least_squares(products, polynomial, shrinkage)))
+    return tuple(map(float, least_squares(products, np.array(schedule.polynomial(step, history)), SHRINKAGE)))
 
 
 def least_squares(products: Array, start: Array, shrinkage: float = SHRINKAGE) -> Array:
@@ -84,8 +115,6 @@ def least_squares(products: Array, start: Array, shrinkage: float = SHRINKAGE) -
         products: [n + 1, n + 1], inner products of ``y`` and the ``y_i``; ``scale`` is the mean of ``|y - y_i|^2``.
         start: [n].
     """
-    if shrinkage == math.inf:
-        return start
     distances = products[0, 0] - 2 * products[0, 1:] + products.diagonal()[1:]
     penalty = shrinkage * float(distances.mean())
     system = products[1:, 1:] + penalty * np.eye(len(start))

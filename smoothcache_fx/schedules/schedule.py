@@ -138,6 +138,10 @@ class Schedule:
             fitted = _select(self.coefficients, site, "coefficients", ((),) * self.steps)[step]
             if len(fitted) == len(computed) and tuple(computed) == self.history_for(site, step):
                 return fitted
+        return self.polynomial(step, computed)
+
+    def polynomial(self, step: int, computed: Sequence[int]) -> tuple[float, ...]:
+        """The coefficients of the `computed` steps' outputs in the polynomial through them, at `step`."""
         times = range(self.steps) if self.times is None else self.times
         return forecast_coefficients([times[at] for at in computed], times[step])
 
