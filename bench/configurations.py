@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -51,8 +52,9 @@ def rows_for(steps: int) -> dict[str, list[int]]:
     return rows
 
 
-def schedule_of(row: Sequence[int], order: int = 0) -> Schedule:
-    return Schedule(len(row), {"attn": row, "ffn": row}, order=order)
+def schedule_of(row: Sequence[int], order: int = 0, grain: str = "branch") -> Schedule:
+    kinds = ("stack",) if grain == "stack" else ("attn", "ffn")
+    return Schedule(len(row), dict.fromkeys(kinds, row), order=order)
 
 
 def describe(error: Exception) -> str:
@@ -111,14 +113,14 @@ class Configurations:
         references = self.references() if self.arguments.verify else {}
         if self.arguments.verify:
             self.check_identity(plain[DEFAULT].outputs)
-        for mode in self.modes:
-            for name, row in self.rows.items():
-                for order in self.arguments.orders:
-                    label = f"smoothcache {name}" + (f" order {order}" if order else "")
-                    label += f" {mode}" if mode != DEFAULT else ""
-                    if self.wanted(label):
-                        # The paper's package repeats; it has nothing to compare a forecast with.
-                        self.add_ours(label, mode, row, None if order else references.get(name), order)
+        grains = [(name, "branch") for name in self.rows] + [("alpha 0.18", "stack")]
+        for mode, (name, grain), order in itertools.product(self.modes, grains, self.arguments.orders):
+            label = f"smoothcache {name}" + (" stacks" if grain == "stack" else "")
+            label += (f" order {order}" if order else "") + (f" {mode}" if mode != DEFAULT else "")
+            if self.wanted(label):
+                # The paper's package repeats branches; it has nothing to compare others with.
+                reference = None if order or grain == "stack" else references.get(name)
+                self.add_ours(label, mode, schedule_of(self.rows[name], order, grain), reference)
         for name in PEERS:
             if self.wanted(name):
                 self.add_peer(name)
@@ -126,8 +128,7 @@ class Configurations:
     def compiled(self, model: nn.Module, mode: str) -> Any:
         return compiled(model.forward, self.arguments.backend, None if mode == DEFAULT else mode)
 
-    def ours(self, row: Sequence[int], mode: str, order: int = 0) -> Peer:
-        schedule = schedule_of(row, order)
+    def ours(self, schedule: Schedule, mode: str) -> Peer:
         return ours(twin(self.model), schedule, self.arguments.backend, None if mode == DEFAULT else mode)
 
     def references(self) -> dict[str, Tensor]:
@@ -163,12 +164,13 @@ class Configurations:
         return require_same("smoothcache and dit-smoothcache, uncompiled, float32", found, theirs, ROUNDING)
 
     def check_identity(self, plain: Tensor) -> None:
-        outputs = self.sampler.outputs(self.ours([1] * self.sampler.steps, DEFAULT))
+        outputs = self.sampler.outputs(self.ours(schedule_of([1] * self.sampler.steps), DEFAULT))
         what = "smoothcache with everything computed, and torch.compile"
         self.checks["identity_to_compile"] = require_same(what, outputs, plain, self.limit)
 
-    def add_ours(self, name: str, mode: str, row: Sequence[int], reference: Tensor | None, order: int = 0) -> None:
-        entry = self.add(name, OURS, mode, lambda: self.ours(row, mode, order))
+    def add_ours(self, name: str, mode: str, schedule: Schedule, reference: Tensor | None) -> None:
+        row = next(iter(schedule.compute.values()))
+        entry = self.add(name, OURS, mode, lambda: self.ours(schedule, mode))
         entry.cached = [not computed for computed in row]
         entry.peer.setting = f"{sum(row)} of {len(row)} steps"
         if reference is not None:

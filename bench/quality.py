@@ -2,8 +2,9 @@
 
 The package's trained DiT with guidance 1.5, the same noise for all, by Euler's, the DDIM or the DPM-Solver++ sampler:
 uncached, with fewer steps, and with schedules at about equal arithmetic. Those are the paper's greedy rule (alpha),
-every n-th step (FORA), the same with forecasts (TaylorSeer), optimal rows, and what `choose` takes, also with a history
-of differences in a narrower dtype. What is calibrated is calibrated on other noise.
+every n-th step (FORA), the same with forecasts (TaylorSeer) and with fitted ones, optimal rows, and what `choose`
+takes, also with a history of differences in a narrower dtype; every n-th step and optimal rows also with all blocks
+cached as one (stacks). What is calibrated is calibrated on other noise.
 
 Paired samples are compared with the uncached ones, and with those of four times the steps, which the sampler converges
 to. Of the methods in `JUDGED`, at some budgets of all, whole sets of images are compared with real ones.
@@ -23,15 +24,16 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import interleaved, ratio_of_medians, result_path, write_result
+from quality_plans import GRAINS, METHODS, Plans, Point
 from quality_results import add_times, earlier_result, joined, recorded, verdict
-from quality_samplers import SAMPLERS, Sampler
+from quality_samplers import SAMPLERS
 from quality_tables import FAR, write_all
 from torch import Tensor
 
@@ -40,9 +42,8 @@ from smoothcache_fx.demo.data import load_digits
 from smoothcache_fx.demo.metrics import Classifier, frechet_distance, real_frechet_distance
 from smoothcache_fx.demo.weights import load_model
 from smoothcache_fx.reports.compare import psnr
-from smoothcache_fx.schedules.schedule import HISTORY_DTYPES, Schedule
+from smoothcache_fx.schedules.schedule import Schedule
 
-ORDERS = (0, 1, 2)
 #: Of these as many images are made as a distribution takes; of the others, ``--paired``. Of TaylorSeer's settings the
 #: one that is nearer to the uncached sample with 50 steps.
 JUDGED = ("uncached", "fewer steps", "alpha", "every n-th step", "TaylorSeer, order 2", "chosen")
@@ -50,76 +51,14 @@ JUDGED = ("uncached", "fewer steps", "alpha", "every n-th step", "TaylorSeer, or
 RESAMPLINGS = 40
 
 
-@dataclass(frozen=True)
-class Point:
-    """A method at one budget, a share of the arithmetic; the schedule of "fewer steps" has fewer, and computes all."""
-
-    method: str
-    budget: float
-    schedule: Schedule
-
-    def share(self, steps: int) -> float:
-        """Of the branches' arithmetic of so many uncached steps."""
-        return self.schedule.compute_fraction * self.schedule.steps / steps
-
-
-def plan(model: torch.nn.Module, sampler: Sampler, arguments: argparse.Namespace, folder: Path) -> list[Point]:
-    """All points; rows of every n-th step compute the last step too, as those by alpha do."""
-    steps = arguments.steps
-    points = [Point("uncached", 1.0, Schedule(steps))]
-    for interval in arguments.intervals:
-        uniform = Schedule.uniform(steps, interval, kinds=("attn", "ffn"))
-        uniform = replace(uniform, compute={kind: (*row[:-1], True) for kind, row in uniform.compute.items()})
-        share = uniform.compute_fraction
-        points.append(Point("every n-th step", share, uniform))
-        points += [Point(f"TaylorSeer, order {order}", share, replace(uniform, order=order)) for order in ORDERS[1:]]
-    budgets = {math.floor(share * steps + 1e-9): share for share in arguments.shares}
-    budgets |= {round(point.budget * steps): point.budget for point in points[1:]}
-    shares = sorted(budgets.values(), reverse=True)
-    points += [Point("fewer steps", share, Schedule(count)) for count, share in sorted(budgets.items(), reverse=True)]
-
-    def one_by_one(model: torch.nn.Module) -> None:
-        for seed in range(10):  # as the paper calibrates: ten samples
-            sampler.run(model, torch.tensor([seed % 10]), steps, 1000 + seed)
-
-    greedy = smoothcache.calibrate(model, one_by_one, order=None, progress=False)
-    for share in shares:
-        with contextlib.suppress(smoothcache.CalibrationError):  # three lags do not reach as low as all shares
-            rows = greedy.schedule(compute=share, solver="greedy")
-            points.append(Point("alpha", share, rows))
-            points += [Point(f"alpha, order {order}", share, replace(rows, order=order)) for order in ORDERS[1:]]
-
-    def together(model: torch.nn.Module) -> Tensor:
-        return sampler.run(model, torch.arange(arguments.calibrated) % 10, steps, 1)
-
-    kept = folder / "calibration.json"
-    if kept.exists():
-        calibration = smoothcache.Calibration.load(kept)
-    else:
-        calibration = smoothcache.calibrate(model, together, lags=arguments.lags, order=max(ORDERS), progress=False)
-        calibration = smoothcache.measure_sensitivity(model, together, calibration, progress=False)
-        calibration.save(kept)
-    for share in shares:
-        for order in ORDERS:
-            best = calibration.schedule(compute=share, solver="optimal", order=order)
-            points.append(Point(f"optimal, order {order}", share, best))
-        # Once uncached, and with those of least predicted error.
-        budget = {"compute": share, "trajectories": arguments.trajectories}
-        choice = smoothcache.choose(model, together, **budget, calibration=calibration, progress=False)
-        print(f"{choice}\n", flush=True)
-        points.append(Point("chosen", share, choice.schedule))
-        if choice.schedule.highest_order:
-            narrow = ((dtype, replace(choice.schedule, history_dtype=dtype)) for dtype in HISTORY_DTYPES)
-            points += [Point(f"chosen, history in {dtype}", share, schedule) for dtype, schedule in narrow]
-    return points
-
-
-def kept_plan(folder: Path, make: Callable[[], list[Point]]) -> list[Point]:
-    """The points of an earlier run in the folder, or those that ``make`` gives."""
+def kept_plan(folder: Path, make: Callable[[], list[Point]], wanted: Sequence[str] | None = None) -> list[Point]:
+    """The points of an earlier run in the folder, or, if not all that are wanted are there, those that are made now."""
     index = folder / "points.json"
     if index.exists():
         named = json.loads(index.read_text())
-        return [Point(*point, Schedule.load(folder / f"{i}.json")) for i, point in enumerate(named)]
+        points = [Point(*point, Schedule.load(folder / f"{i}.json")) for i, point in enumerate(named)]
+        if {*(wanted or ())} <= {point.method for point in points}:
+            return points
     points = make()
     for i, point in enumerate(points):
         point.schedule.save(folder / f"{i}.json")
@@ -140,7 +79,8 @@ def digest(schedule: Schedule) -> str:
     schedule = replace(schedule, flops=None)
     rows = {*schedule.compute.values()}
     if len(rows) == 1 and isinstance(schedule.order, int):
-        schedule = replace(schedule, compute=dict.fromkeys(("attn", "ffn"), rows.pop()))
+        kinds, _ = GRAINS["stack" if schedule.has_stacks else "branch"]
+        schedule = replace(schedule, compute=dict.fromkeys(kinds, rows.pop()))
     return hashlib.sha256(repr(schedule).encode()).hexdigest()[:16]
 
 
@@ -190,10 +130,8 @@ def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, A
     """Sample all points and print their figures; save what there is after the pairs and after each budget's sets."""
     sampler = SAMPLERS[arguments.sampler]
     model = load_model("cuda" if torch.cuda.is_available() else "cpu")
-    points = kept_plan(folder, lambda: plan(model, sampler, arguments, folder))
+    points = kept_plan(folder, Plans(model, sampler, arguments, folder).points, arguments.methods)
     if arguments.methods is not None:
-        if unknown := sorted({*arguments.methods}.difference(point.method for point in points)):
-            raise SystemExit(f"no such methods: {unknown}; there are {sorted({point.method for point in points})}")
         points = [point for point in points if point.method in ("uncached", *arguments.methods)]
     batches = -(-arguments.images // arguments.paired)
     labels = torch.arange(arguments.paired) % model.num_classes
@@ -241,7 +179,8 @@ def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, A
     all_judged = {round(budget, 2) for budget in arguments.all_judged}
     budgets = {point.budget for point in points} if arguments.judged is None else arguments.judged
     budgets = sorted({round(budget, 2) for budget in budgets} - {1.0}, reverse=True)
-    for budget in (1.0, *budgets) if batches else ():
+    any_judged = any(point.method in JUDGED or point.budget in all_judged for point in points[1:])
+    for budget in (1.0, *budgets) if batches and any_judged else ():
         for point, row in zip(points, rows, strict=True):
             judged = point.method in JUDGED or (budget in all_judged and point.schedule.history_dtype is None)
             if judged and abs(point.budget - budget) < 0.005 and "frechet" not in row:
@@ -268,7 +207,7 @@ def describe(row: dict[str, Any]) -> str:
         figures += f", {row['frechet_over_uncached']:+.3f} +- {row['frechet_over_uncached_error']:.3f} over uncached"
     if "psnr_same_rows" in row:
         figures += f", to the same with full history {row['psnr_same_rows']:.1f} dB"
-    return f"{row['method']:28s} {row['compute']:.2f}  {figures}"
+    return f"{row['method']:30s} {row['compute']:.2f}  {figures}"
 
 
 def measure_times(arguments: argparse.Namespace, folder: Path) -> None:
@@ -300,7 +239,7 @@ def measure_times(arguments: argparse.Namespace, folder: Path) -> None:
         path.write_text(json.dumps(kept))
         for method, own in batches.items():
             share = ratio_of_medians(own, batches[uncached.method])
-            print(f"{method:28s} {budget:.2f}  {share:.3f} of the uncached", flush=True)
+            print(f"{method:30s} {budget:.2f}  {share:.3f} of the uncached", flush=True)
 
 
 def main() -> None:
@@ -325,6 +264,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.steps = arguments.steps or SAMPLERS[arguments.sampler].steps
     arguments.backend = arguments.backend or ("inductor" if arguments.times else "eager")
+    known = {method for methods in METHODS.values() for method in methods}
+    if unknown := sorted({*(arguments.methods or ())} - known):
+        parser.error(f"no such methods: {unknown}; there are {sorted(known)}")
     if arguments.add and (arguments.times or not arguments.write):
         parser.error("--add goes with --write and without --times, which adds to what was written anyway")
     if arguments.methods is not None and arguments.write and not arguments.add:

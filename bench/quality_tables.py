@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from common import RESULTS
@@ -25,6 +25,18 @@ STYLES = {
     "TaylorSeer, order 2": (COLOURS[3], "D--"),
     "chosen": ("black", "o-"),
 }
+#: Colours tell forecasts apart, lines what is cached as one.
+GRAIN_STYLES = {
+    f"{prefix}{method}": (colour, f"{marker}{line}")
+    for prefix, line in (("", "--"), ("stacks, ", "-"))
+    for method, colour, marker in (
+        ("every n-th step", COLOURS[0], "v"),
+        ("TaylorSeer, order 1", COLOURS[2], "D"),
+        ("TaylorSeer, order 2", COLOURS[3], "D"),
+        ("every n-th step, fit", COLOURS[1], "^"),
+        ("optimal, fit", "black", "o"),
+    )
+}
 TITLES = (
     *("compute", "PSNR", "mean", "converged", "mean", "of the set", "mean", f"under {FAR:.0f} dB"),
     *("recognised", "Frechet distance", "over uncached", "s/image", "of uncached"),
@@ -33,13 +45,14 @@ LABELS = {"alpha": "alpha rule (SmoothCache)", "every n-th step": "every n-th st
 
 
 def write_all() -> None:
-    """`quality.png` of Euler's sampler for README; `quality_samplers.png` and `quality.md` of all samplers."""
+    """`quality.png` of Euler's sampler for README; of all samplers two more pictures, and `quality.md`."""
     results = {
         name: json.loads(path.read_text()) for name in SAMPLERS if (path := RESULTS / f"quality_{name}.json").exists()
     }
     PICTURES.mkdir(parents=True, exist_ok=True)
     draw({name: result for name, result in results.items() if name == "euler"}, "quality.png")
     draw(results, "quality_samplers.png", frechet=True)
+    draw_grains(results, "grains.png")
     (RESULTS / "quality.md").write_text("\n".join(page(results)) + "\n")
 
 
@@ -133,6 +146,32 @@ def draw(results: dict[str, dict[str, Any]], name: str, frechet: bool = False) -
     figure.savefig(PICTURES / name, dpi=130)
 
 
+def draw_grains(results: dict[str, dict[str, Any]], name: str) -> None:
+    """PSNR to the uncached sample of branches and of stacks: a panel for each sampler, and Euler's over wall time."""
+    measured = {
+        sampler: [row for row in result["rows"] if row["method"] in GRAIN_STYLES]
+        for sampler, result in results.items()
+        if any(row["method"].startswith("stacks, ") for row in result["rows"])
+    }
+    panels = [("compute", sampler) for sampler in measured]
+    panels += [
+        ("share_of_time", sampler) for sampler, rows in measured.items() if any("seconds" in row for row in rows)
+    ]
+    if not panels:
+        return
+    figure = new_figure(3.9 * len(panels), 3.9)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (x, sampler) in zip(axes, panels, strict=True):
+        title = f"{SAMPLERS[sampler].title}, mean PSNR to the uncached sample (dB)"
+        _panel(axis, measured[sampler], x, "mean_psnr", title, styles=GRAIN_STYLES)
+        if x == "share_of_time":
+            device = results[sampler]["machine"]["device"]
+            axis.set_xlabel(f"share of the uncached wall time, {device}", fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.savefig(PICTURES / name, dpi=130)
+
+
 def _floor(result: dict[str, Any]) -> float:
     """Of real images to real images; not a number where no sets were judged."""
     floor = result["real_versus_real_frechet_distance"]
@@ -146,8 +185,16 @@ def _level(axis: Any, name: str, value: float | None) -> None:
         axis.text(0.01, value, name, transform=axis.get_yaxis_transform(), fontsize=7, va="top")
 
 
-def _panel(axis: Any, rows: list[dict[str, Any]], x: str, y: str, title: str, error: str | None = None) -> None:
-    for number, (method, (colour, line)) in enumerate(STYLES.items()):
+def _panel(
+    axis: Any,
+    rows: list[dict[str, Any]],
+    x: str,
+    y: str,
+    title: str,
+    error: str | None = None,
+    styles: Mapping[str, tuple[str, str]] = STYLES,
+) -> None:
+    for number, (method, (colour, line)) in enumerate(styles.items()):
         points = [row for row in rows if row["method"] == method and row.get(y) is not None and x in row]
         points.sort(key=lambda row: row[x])
         apart = 0.004 * (number - 2.5) if error else 0.0  # bars side by side

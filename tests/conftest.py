@@ -45,8 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         file = item.path.relative_to(Path(__file__).parent).as_posix()
-        name = getattr(item, "originalname", None) or item.name
-        names = {name, item.nodeid.split("::")[1].partition("[")[0]}
+        names = {getattr(item, "originalname", None), item.name, item.nodeid.split("::")[1].partition("[")[0]}
         if names & set(SLOW.get(file, ())):
             item.add_marker(pytest.mark.slow)
         elif file not in NOT_QUICK and not item.get_closest_marker("slow"):

@@ -141,10 +141,14 @@ def test_the_frontier_of_quality(monkeypatch, capsys, tmp_path):
         return {method: float(decibels) for method, _, decibels in rows}
 
     found = figures()
-    orders = {f"{name}, order {order}" for name in ("optimal", "alpha", "TaylorSeer") for order in (1, 2)}
+    lines = {f"{name}, {order}" for name in ("optimal", "TaylorSeer") for order in ("order 1", "order 2")}
+    either = {"every n-th step", "every n-th step, fit", "optimal, order 0", "optimal, fit", *lines}
     narrow = {f"chosen, history in {dtype}" for dtype in ("float16", "bfloat16")}
-    assert set(found) == {"fewer steps", "alpha", "every n-th step", "optimal, order 0", "chosen", *orders, *narrow}
-    assert found["TaylorSeer, order 1"] > found["every n-th step"] + 3
+    branches = {"fewer steps", "alpha", "alpha, order 1", "alpha, order 2", "chosen", *narrow}
+    assert set(found) == either | {f"stacks, {name}" for name in either} | branches
+    for grain in ("", "stacks, "):
+        assert found[f"{grain}TaylorSeer, order 1"] > found[f"{grain}every n-th step"] + 3
+        assert found[f"{grain}every n-th step, fit"] > found[f"{grain}TaylorSeer, order 2"] - 0.3
     assert found["chosen"] > found["every n-th step"] + 6
     times = f"{size} --folder {tmp_path} --times --backend eager --write"
     run_script("quality", times, monkeypatch)
@@ -172,7 +176,8 @@ def test_the_frontier_of_quality(monkeypatch, capsys, tmp_path):
     assert all({name for name in rows if figure not in rows[name]} == narrow for figure in ("frechet", "seconds"))
     assert rows["chosen"]["far_set"] <= rows["every n-th step"]["far_set"] <= 36
     assert rows["chosen"]["share_of_time"] < rows["uncached"]["share_of_time"] == 1
-    assert "4, eager, " in (tmp_path / "quality.md").read_text() and (tmp_path / "quality.png").exists()
+    assert "4, eager, " in (tmp_path / "quality.md").read_text()
+    assert all((tmp_path / f"{name}.png").exists() for name in ("quality", "quality_samplers", "grains"))
 
 
 def test_the_samplers_of_quality_agree(monkeypatch):

@@ -18,7 +18,8 @@ pytest.importorskip("diffusers")
 BENCH = Path(__file__).parents[1] / "bench"
 OURS = ["smoothcache alpha 0.08", "smoothcache alpha 0.18", "smoothcache alpha 0.22"]
 THEIRS = ["dit-smoothcache", "FirstBlockCache", "MagCache", "TaylorSeer", "PAB", "cache-dit"]
-NAMES = ["eager", "torch.compile", *OURS, *(name + end for name in THEIRS for end in ("", " + compile"))]
+STACKS = "smoothcache alpha 0.18 stacks"
+NAMES = ["eager", "torch.compile", *OURS, STACKS, *(name + end for name in THEIRS for end in ("", " + compile"))]
 #: What a peer cannot be tried without.
 PACKAGES = {"dit-smoothcache": "SmoothCache", "cache-dit": "cache_dit"}
 
@@ -141,6 +142,7 @@ def test_mac_ratios_are_as_the_schedules_imply(run, script):
         assert implied_ratio(row, sizes) * 0.999 <= ratio <= len(row) / sum(row)
         assert run.results[f"smoothcache {name}"]["cached_steps"] == len(row) - sum(row)
     row = run.written["rows"]["alpha 0.18"]
+    assert run.results["smoothcache alpha 0.18"]["mac_ratio"] < run.results[STACKS]["mac_ratio"] <= len(row) / sum(row)
     if installed("dit-smoothcache"):
         theirs = run.results["dit-smoothcache"]
         assert theirs["mac_ratio"] == pytest.approx(implied_ratio(row, sizes), rel=1e-3)
@@ -150,7 +152,7 @@ def test_mac_ratios_are_as_the_schedules_imply(run, script):
 
 
 def test_ours_has_one_graph_and_compiles_nothing_later(run):
-    for name in OURS:
+    for name in (*OURS, STACKS):
         found = run.results[name]
         assert (found["graphs"], found["recompiled"], found["variants"]) == (1, 0, 2), name
 
@@ -189,11 +191,11 @@ def test_each_of_our_schedules_is_compared(small, bench, right):
     small.checks["same_as_dit_smoothcache"] = {}
     reference = small.sampler.outputs(bench.dit_smoothcache(bench.twin(small.model), small.row))
     if right:
-        small.add_ours("ours", "default", small.row, reference)
+        small.add_ours("ours", "default", bench.schedule_of(small.row), reference)
         assert small.checks["same_as_dit_smoothcache"]["ours"] < 1e-5
     else:
         with pytest.raises(bench.VerificationError, match="ours, and dit-smoothcache"):
-            small.add_ours("ours", "default", altered(small.row), reference)
+            small.add_ours("ours", "default", bench.schedule_of(altered(small.row)), reference)
 
 
 def test_a_difference_without_caching_is_noticed(small, bench, monkeypatch):
@@ -201,7 +203,7 @@ def test_a_difference_without_caching_is_noticed(small, bench, monkeypatch):
     plain = small.sampler.outputs(bench.Peer(small.model))
     small.check_identity(plain)
     make = bench.schedule_of
-    monkeypatch.setattr(bench, "schedule_of", lambda row, order: make([*row[:-2], 0, 1], order))
+    monkeypatch.setattr(bench, "schedule_of", lambda row, *more: make([*row[:-2], 0, 1], *more))
     with pytest.raises(bench.VerificationError, match="everything computed"):
         small.check_identity(plain)
 

@@ -21,8 +21,10 @@ from smoothcache_fx import Schedule, ScheduleError
 from smoothcache_fx.compiled.forward import compiled_forward
 from smoothcache_fx.demo import load_model
 from smoothcache_fx.demo.sampler import sample
-from smoothcache_fx.passes.facts import MATMULS, packet
+from smoothcache_fx.passes.facts import MATMULS, module_path, packet
 from smoothcache_fx.passes.guard import CACHE
+from smoothcache_fx.passes.names import BlockRange
+from smoothcache_fx.schedules.selectors import block_range
 from zoo.catalog import CASES as ZOO
 
 ROW = (1, 0, 1, 1, 0, 0, 1, 0)
@@ -36,18 +38,28 @@ NOT_COMPARED = ("local_facial_extractor.layers", "vace_blocks")
 SENSITIVE = {"SanaWMTransformer3DModel": 1000}
 
 
-def check(case: Case, order: int, backend: str = "eager", streams: int = 1, **settings) -> list[str]:
+def check(
+    case: Case,
+    order: int,
+    backend: str = "eager",
+    streams: int = 1,
+    dtype: torch.dtype = torch.float32,
+    **settings,
+) -> list[str]:
     """Compile with the longest stacks and compare with the oracle; returns the stacks."""
-    model = case.build(0).requires_grad_(False)
-    run = {"steps": STEPS, "seed": 1, "dtype": torch.float32, "streams": streams}
+    model = case.build(0, dtype).requires_grad_(False)
+    run = {"steps": STEPS, "seed": 1, "dtype": dtype, "streams": streams}
     plain = run_trajectory(case, model, **run)
-    names = [stack.name for stack in explained(case, model).stacks]
+    names = [stack.name for stack in explained(case, model, dtype).stacks]
     rows = dict.fromkeys((name for name in names if name.rpartition(".")[0] not in NOT_COMPARED), ROW)
     calls = streams if streams > 1 else None
     schedule = Schedule(STEPS, rows, order=order, **settings)
     smoothcache.compile(model, schedule, backend=backend, calls_per_step=calls)
     actual = run_trajectory(case, model, **run)
-    assert sorted(stacks_of(model)) == sorted(rows) and not smoothcache.report(model).forced
+    report = smoothcache.report(model)
+    assert sorted(stacks_of(model)) == sorted(rows)
+    assert not report.forced, report
+    assert not products_of_blocks(model)
     smoothcache.remove(model)
     with StackOracle(model, rows, order, settings.get("times")) as oracle:
         expected = run_trajectory(case, model, around=oracle.step, **run)
@@ -57,7 +69,7 @@ def check(case: Case, order: int, backend: str = "eager", streams: int = 1, **se
         assert error * SENSITIVE[case.name] < effect
     else:
         # A ring's values are added in the order of their slots, the oracle's newest first.
-        allowed = REORDERED if order else tolerance(torch.float32, backend)
+        allowed = REORDERED if order else tolerance(dtype, backend)
         allowed = COMPILED if backend == "inductor" else allowed
         assert_trajectories_close(actual, expected, allowed, case.name)
     assert effect > 1e-3, "caching changes nothing: nothing was compared"
@@ -65,7 +77,24 @@ def check(case: Case, order: int, backend: str = "eager", streams: int = 1, **se
     return names
 
 
-def explained(case: Case, model: nn.Module) -> smoothcache.Explanation:
+def products_of_blocks(model: nn.Module) -> list[str]:
+    """The products of blocks of stacks that are left where all stacks are reused, by module."""
+    left = []
+    for program in compiled_forward(model).session.programs:
+        ranges = [block_range(site.name) for site in program.builder.sites if site.entries]
+        for mask, graph in program.builder.graphs.items():
+            if not mask.compute:
+                paths = [module_path(node) for node in graph.graph.nodes if packet(node) in MATMULS]
+                left += [path for path in paths for blocks in ranges if _is_in(path, blocks)]
+    return left
+
+
+def _is_in(path: str, blocks: BlockRange) -> bool:
+    inside = path.removeprefix(f"{blocks.container}.").partition(".")[0]
+    return path.startswith(f"{blocks.container}.") and inside.isdigit() and int(inside) in blocks.indices
+
+
+def explained(case: Case, model: nn.Module, dtype: torch.dtype = torch.float32) -> smoothcache.Explanation:
     """What ``explain`` says of the first call of a trajectory."""
     found = []
 
@@ -78,7 +107,7 @@ def explained(case: Case, model: nn.Module) -> smoothcache.Explanation:
         raise Stop
 
     model.forward = explain
-    latents, (conditioning, *_) = case.inputs(1, torch.float32)
+    latents, (conditioning, *_) = case.inputs(1, dtype)
     with torch.no_grad(), pytest.raises(Stop):
         case.call(model, latents, 1.0, conditioning)
     return found[0]
@@ -140,6 +169,39 @@ def test_a_reused_step_has_the_products_of_embeddings_and_the_final_layer_alone(
     caches = [node for node in reused.nodes if CACHE in node.meta]
     assert len(caches) == sum(len(site.outputs) for site in program.builder.sites if site.entries)
     assert all([user.target for user in node.users] == [torch.ops.aten.add.Tensor] for node in caches)
+
+
+class Padded(Stack):
+    """Reads in a loop how long each text is, as HunyuanVideo-Framepack does: Dynamo gives up on the whole frame there,
+    and captures each block by itself, unless numbers may be read in a graph.
+    """
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(x.shape[:2], dtype=torch.bool)
+        lengths = (c[:, 0] * 0 + 4).int()
+        for row in range(len(x)):
+            mask[row, : lengths[row]] = True
+        x = x * mask[..., None]
+        for block in self.blocks:
+            x = block(x, c)
+        return x
+
+
+def test_a_break_before_the_blocks_does_not_split_a_run():
+    model, given = randomize(Padded(3), 0).eval(), inputs()
+    explanation = smoothcache.explain(model, *given)
+    assert [stack.name for stack in explanation.stacks] == ["blocks.0-2"]
+    outputs = {}
+    for kinds in (("attn", "ffn"), ("stack",)):
+        smoothcache.compile(model, Schedule(2, dict.fromkeys(kinds, (1, 0))), backend="eager")
+        outputs[kinds] = [model(*given) for _ in range(2)]
+        report = smoothcache.report(model)
+        if kinds == ("stack",):
+            assert report.graphs == 1 and stacks_of(model) == ["blocks.0-2"]
+        else:
+            assert report.graphs == explanation.graphs > 1 and report.breaks == explanation.breaks
+        smoothcache.remove(model)
+        assert torch.equal(outputs[kinds][0], model(*given))
 
 
 @pytest.mark.parametrize(

@@ -165,13 +165,13 @@ def model_inputs(case: Case) -> list[Tensor]:
 
 def test_explain_counts_their_work_after_the_capture(monkeypatch):
     """What captured the model may be collected before its graphs are read, which name the modules by number alone."""
-    read = explain._explain_session
+    read = explain._explain_branches
 
     def collected(*args):
         gc.collect()
         return read(*args)
 
-    monkeypatch.setattr(explain, "_explain_session", collected)
+    monkeypatch.setattr(explain, "_explain_branches", collected)
     explanation = smoothcache.explain(ROUTED.build(), *model_inputs(ROUTED))
     assert [stack.name for stack in explanation.stacks] == ["blocks.0-1"]
 

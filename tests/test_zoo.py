@@ -12,7 +12,6 @@ from zoo.guess import guess
 #: Ways of building that none of ``models.py`` has.
 UNLIKE_OTHERS = [
     "MochiTransformer3DModel",  # sizes that depend on data
-    "SanaWMTransformer3DModel",  # linear attention with a recurrence, permuted feed-forward
     "ZImageTransformer2DModel",  # lists in and out, tanh gates, post-norms
 ]
 

@@ -108,7 +108,7 @@ class Traced:
         """Whether the capture has lost work, and what else can be tried."""
         if inputs is not None and breaks_of(self.session):
             self.session.capture.eager_flops = self._eager_flops(inputs)
-        if inputs is not None and self._loses_work():
+        if inputs is not None and (self._loses_work() or self._splits_stacks()):
             stacks = [program.frame.break_stack for program in self.session.programs]
             self._try(self._compile(data_dependent_sizes=True), inputs)
             if self._loses_work() and (modules := self._whole_modules(stacks, inputs)):
@@ -160,6 +160,10 @@ class Traced:
     def _loses_work(self) -> bool:
         return bool(breaks_of(self.session)) and share_outside(self.session) >= WORTH_A_TRY
 
+    def _splits_stacks(self) -> bool:
+        """Whether runs of blocks are to be cached as one and the graph breaks, maybe in the midst of one."""
+        return self.session.schedule.has_stacks and bool(breaks_of(self.session))
+
     def _eager_flops(self, inputs: tuple[Any, Any]) -> Counter[str] | None:
         """What the call costs uncompiled, by list of blocks."""
         return self._run_eagerly(flops_by_container, inputs, "the FLOPs of an eager call cannot be counted")
@@ -182,8 +186,11 @@ class Traced:
             return None
 
     def _try(self, call: Callable[..., Any], inputs: tuple[Any, Any], whole: WholeModules | None = None) -> None:
-        """Make the first call again in another way, and keep that way if it has more work in sites."""
-        before = flops_in_sites(self.session)
+        """Make the first call again in another way, and keep that way if it has more work in sites.
+
+        Stacks may have as much in fewer.
+        """
+        before, sites = flops_in_sites(self.session), len(list(self.session.sites()))
         kept = self.session.set_aside()
         args, kwargs = copy.deepcopy(inputs)
         try:
@@ -195,7 +202,8 @@ class Traced:
             return
         now = flops_in_sites(self.session)
         log.info("FLOPs in sites: %.3g before, %.3g in another way", before, now)
-        if now > before:
+        joined = self.session.schedule.has_stacks and len(list(self.session.sites())) < sites
+        if now > before or (now == before and joined):
             self._call, self.session.capture.whole = call, whole
             kept.close()
         else:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -24,8 +24,9 @@ from ..capture.ways import Traced
 from ..checks import byte_count, instance
 from ..compiled.forward import ForwardPlace, check_inference, compiled_forwards, forward_of, no_sites_error
 from ..errors import CompiledError
-from ..passes.facts import tensor_value
+from ..passes.facts import packet, tensor_value
 from ..passes.flops import concrete
+from ..passes.names import STACK
 from ..passes.stacks import as_site, find_stacks
 from ..runtime.calls import ModelCall
 from ..runtime.clock import Clock
@@ -92,31 +93,45 @@ def explain(
     limit = None if max_cache_bytes is None else byte_count(max_cache_bytes, "max_cache_bytes")
     if limit is not None and schedule is None:
         raise ValueError("max_cache_bytes is given without a schedule, and so there are no caches to fit into it")
-    with torch.no_grad():
-        session = _captured(model, schedule, limit, args, kwargs)
+    capture = functools.partial(_captured, model, args, kwargs)
+    with torch.no_grad(), contextlib.ExitStack() as sessions:
+
+        def captured(schedule: Schedule | None = None, limit: int | None = None) -> Session:
+            session = capture(schedule, limit)
+            sessions.callback(session.close)
+            return session
+
+        planned = captured(schedule, limit)
         # Of a model whose branches become parts of stacks the branches are told as they are without.
         merged = schedule is not None and (limit is not None or schedule.has_stacks)
-        stacks = _captured(model, None, None, args, kwargs) if merged else session
-    try:
-        explanation = _explain_session(model, stacks)
+        branches = captured() if merged else planned
+        explanation = _explain_branches(model, branches)
+        # Where the graph breaks, stacks may be captured in another way than branches.
+        runs = captured(Schedule(1, {STACK: (True,)})) if breaks_of(branches) else branches
+        explanation.stacks, explanation.unstacked = _explain_stacks(runs)
         if schedule is not None:
-            explanation.prediction = predict(session.programs, schedule)
+            explanation.prediction = predict(planned.programs, schedule)
         return explanation
-    finally:
-        session.close()
-        stacks.close()
 
 
 def _captured(
     model: torch.nn.Module,
-    schedule: Schedule | None,
-    limit: int | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    schedule: Schedule | None,
+    limit: int | None,
 ) -> Session:
     """The model's graphs, with the caches and the stacks of a schedule."""
     new = functools.partial(_new_session, model=model, schedule=schedule or Schedule(1), limit=limit)
     return _captured_only(model, new, args, kwargs) or _captured_and_run(model, new, args, kwargs)
+
+
+#: What reads a number from a tensor.
+_SCALAR = torch.ops.aten._local_scalar_dense
+
+
+def _nodes(program: Program) -> Iterable[torch.fx.Node]:
+    return program.builder.captured.graph.nodes
 
 
 def _together(found: Mapping[str, Explanation]) -> Explanation:
@@ -177,7 +192,11 @@ def _new_session(kind: type[Session], model: torch.nn.Module, schedule: Schedule
 def _captured_only(
     model: torch.nn.Module, new: Callable[[type[Session]], Session], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Session | None:
-    """The model's session after capture, or None if it is not one graph. Python between graphs may read values."""
+    """The model's session after capture, or None if it is not one graph for ``compile``, too.
+
+    Then Python between graphs may read values. Where Dynamo is asked for one graph it also keeps numbers in it that are
+    read from tensors (``item``), at which it breaks the graph otherwise.
+    """
     place, compiled = ForwardPlace(model), forward_of(model)
     if place.attribute != "forward":
         return None  # hooks move weights and inputs to where they can be captured
@@ -186,7 +205,9 @@ def _captured_only(
     try:
         _torch.dynamo_compile(forward, session, fullgraph=True)(*args, **kwargs)
     except _Captured:
-        return session
+        if not any(packet(node) is _SCALAR for program in session.programs for node in _nodes(program)):
+            return session
+        log.info("one graph only since it must be: where compile's would break a number is read from a tensor")
     except Exception as error:  # noqa: BLE001 - the run that follows raises it again, if it is not of the capture
         log.info("not one graph, so the model is run: %s", error)
     session.close()
@@ -202,7 +223,7 @@ def _captured_and_run(
     return session
 
 
-def _explain_session(model: torch.nn.Module, session: Session) -> Explanation:
+def _explain_branches(model: torch.nn.Module, session: Session) -> Explanation:
     programs = session.programs
     sites = [
         _explain_site(program, index, info)
@@ -213,7 +234,6 @@ def _explain_session(model: torch.nn.Module, session: Session) -> Explanation:
     if not sites:
         raise no_sites_error(model, session)
     breaks = breaks_of(session)
-    stacks, unstacked = _explain_stacks(session)
     return Explanation(
         model=type(model).__name__,
         sites=sites,
@@ -227,8 +247,6 @@ def _explain_session(model: torch.nn.Module, session: Session) -> Explanation:
         breaks=breaks,
         lost_share=share_outside(session) if breaks else 0.0,
         whole=session.capture.names_of_whole,
-        stacks=stacks,
-        unstacked=unstacked,
     )
 
 
