@@ -8,11 +8,12 @@ PSNR in dB of each sample to the uncached one of its seed, the median over sampl
 from __future__ import annotations
 
 import argparse
+import json
 
 import numpy as np
 import torch
-from common import write_result
-from quality_plans import GRAINS, ORDERS
+from common import result_path, write_result
+from quality_plans import FIT, GRAINS, ORDERS
 from quality_samplers import SAMPLERS, Sampler
 
 import smoothcache_fx as smoothcache
@@ -22,7 +23,7 @@ from smoothcache_fx.graphs.tables import format_bytes, format_table
 
 INTERVALS = (2, 3, 4, 6, 8)
 COMPUTED_FIRST = 3
-FORECASTS = (*ORDERS, "fit")
+FORECASTS = (*map(str, ORDERS), FIT)
 
 
 def psnrs(plain: torch.Tensor, cached: torch.Tensor) -> np.ndarray:
@@ -41,7 +42,9 @@ def calibrated(model: torch.nn.Module, sampler: Sampler, grain: str, lags: int) 
     return smoothcache.calibrate(model, run, lags=lags, order=2, grain=grain, steps=sampler.steps, progress=False)
 
 
-def measure(model: torch.nn.Module, name: str, intervals: list[int], samples: int) -> list[dict[str, object]]:
+def measure(
+    model: torch.nn.Module, name: str, intervals: list[int], samples: int, forecasts: list[str]
+) -> list[dict[str, object]]:
     """PSNR of all samples, and cache bytes, for each interval, grain and forecast of one sampler."""
     sampler = SAMPLERS[name]
     steps, labels = sampler.steps, torch.arange(samples) % 10
@@ -50,16 +53,19 @@ def measure(model: torch.nn.Module, name: str, intervals: list[int], samples: in
         return sampler.run(model, labels, steps, 100)
 
     plain = run()
-    calibrations = {grain: calibrated(model, sampler, grain, max(intervals) - 1) for grain in GRAINS}
+    calibrations = {}
+    if FIT in forecasts:
+        calibrations = {grain: calibrated(model, sampler, grain, max(intervals) - 1) for grain in GRAINS}
     found: list[dict[str, object]] = []
-    rows = [("computed", *(f"{grain}, {order}" for grain in GRAINS for order in FORECASTS))]
+    rows = [("computed", *(f"{grain}, {order}" for grain in GRAINS for order in forecasts))]
     for interval in intervals:
         row = [step < COMPUTED_FIRST or step % interval == 0 for step in range(steps)]
         cells = []
         for grain, (kinds, _) in GRAINS.items():
-            for order in FORECASTS:
-                schedule = Schedule(steps, dict.fromkeys(kinds, row), order=2 if order == "fit" else order)
-                if order == "fit":
+            for order in forecasts:
+                degree = max(ORDERS) if order == FIT else int(order)
+                schedule = Schedule(steps, dict.fromkeys(kinds, row), order=degree)
+                if order == FIT:
                     schedule = calibrations[grain].fit(schedule)
                 smoothcache.compile(model, schedule, backend="eager")
                 values = psnrs(plain, run())
@@ -84,18 +90,27 @@ def measure(model: torch.nn.Module, name: str, intervals: list[int], samples: in
     return found
 
 
+def key(run: dict[str, object]) -> tuple[object, ...]:
+    """What a run is of."""
+    return run["sampler"], run["interval"], run["grain"], str(run["order"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samplers", choices=SAMPLERS, nargs="+", default=list(SAMPLERS))
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--intervals", type=int, nargs="+", default=INTERVALS)
-    parser.add_argument("--write", action="store_true", help="write bench/results/grains.json")
+    parser.add_argument("--forecasts", choices=FORECASTS, nargs="+", default=FORECASTS)
+    parser.add_argument("--write", action="store_true", help="write bench/results/grains.json; other rows there stay")
     arguments = parser.parse_args()
     model = load_model().eval()
     found = []
     for name in arguments.samplers:
-        found += measure(model, name, arguments.intervals, arguments.samples)
+        found += measure(model, name, arguments.intervals, arguments.samples, arguments.forecasts)
     if arguments.write:
+        if result_path("grains").exists():
+            earlier = json.loads(result_path("grains").read_text())["runs"]
+            found = list({key(run): run for run in (*earlier, *found)}.values())
         print(f"written to {write_result('grains', {'computed_first': COMPUTED_FIRST, 'runs': found})}")
 
 

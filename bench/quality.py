@@ -218,6 +218,7 @@ def measure_times(arguments: argparse.Namespace, folder: Path) -> None:
     sampler = SAMPLERS[arguments.sampler]
     model = load_model("cuda" if torch.cuda.is_available() else "cpu")
     uncached, *points = (point for point in kept_plan(folder, list) if point.schedule.history_dtype is None)
+    points = [point for point in points if arguments.methods is None or point.method in arguments.methods]
     labels = torch.arange(arguments.paired) % model.num_classes
     path = folder / "times.json"
     how = {"batch": arguments.paired, "backend": arguments.backend, "threads": torch.get_num_threads()}
@@ -259,7 +260,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep schedules and images here, and go on from what is there")
     parser.add_argument("--times", action="store_true", help="add wall times to what was written; run on nothing else")
     parser.add_argument("--write", action="store_true", help="write bench/results/ and docs/bench/")
-    parser.add_argument("--methods", nargs="+", help="that are sampled, beside the uncached (all)")
+    parser.add_argument("--methods", nargs="+", help="that are sampled or timed, beside the uncached (all)")
     parser.add_argument("--add", action="store_true", help="keep other methods, budgets and times that were written")
     arguments = parser.parse_args()
     arguments.steps = arguments.steps or SAMPLERS[arguments.sampler].steps
@@ -269,7 +270,7 @@ def main() -> None:
         parser.error(f"no such methods: {unknown}; there are {sorted(known)}")
     if arguments.add and (arguments.times or not arguments.write):
         parser.error("--add goes with --write and without --times, which adds to what was written anyway")
-    if arguments.methods is not None and arguments.write and not arguments.add:
+    if arguments.methods is not None and arguments.write and not (arguments.add or arguments.times):
         parser.error("--methods with --write would lose the other methods' rows: give --add too")
     name = f"quality_{arguments.sampler}"
     earlier = earlier_result(result_path(name), recorded(arguments)) if arguments.add else None

@@ -120,8 +120,8 @@ class Plans:
                         yield Point(method, share, calibration.schedule(compute=share, solver="optimal", order=order))
 
     def chosen(self) -> Iterator[Point]:
-        """Once uncached, and with those of least predicted error."""
-        budget = {"trajectories": self.arguments.trajectories, "calibration": self.with_sensitivity}
+        """By sampling once uncached, and with schedules of least predicted error, without fits."""
+        budget = {"orders": ORDERS, "trajectories": self.arguments.trajectories, "calibration": self.with_sensitivity}
         for share in self.shares:
             choice = smoothcache.choose(self.model, self.together, compute=share, **budget, progress=False)
             print(f"{choice}\n", flush=True)

@@ -159,7 +159,7 @@ def draw_grains(results: dict[str, dict[str, Any]], name: str) -> None:
     ]
     if not panels:
         return
-    figure = new_figure(3.9 * len(panels), 3.9)
+    figure = new_figure(3.9 * len(panels), 4.1)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (x, sampler) in zip(axes, panels, strict=True):
         title = f"{SAMPLERS[sampler].title}, mean PSNR to the uncached sample (dB)"
@@ -168,7 +168,9 @@ def draw_grains(results: dict[str, dict[str, Any]], name: str) -> None:
             device = results[sampler]["machine"]["device"]
             axis.set_xlabel(f"share of the uncached wall time, {device}", fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=3 + len(panels) // 3 * 2, frameon=False, fontsize=8
+    )
     figure.savefig(PICTURES / name, dpi=130)
 
 

@@ -38,7 +38,7 @@ class Traced:
 
     - Dynamo breaks the graph where a size depends on data, as where Mochi drops the text's padding by ``nonzero``. It
       can keep such sizes in the graph instead. But then a whole stream of tokens may have a size that no cache can be
-      made for (HunyuanVideo 1.5 sorts its text by validity).
+      made for (HunyuanVideo 1.5 sorts its text by validity). Where stacks are cached this is tried at any break.
     - The modules that broke the graph are kept whole, each as one op (HiDream's experts, chosen in Python).
     """
 

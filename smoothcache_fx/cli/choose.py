@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..calibration.measurements import GRAINS
+from ..calibration.measurements import FIT, GRAINS
 from .command import add_sampler, command, order
 from .models import made_by, progress
 
@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     wanted.add_argument("--at-least", type=float, help="PSNR to the uncached samples to reach, in dB")
     choose.add_argument("-o", "--output", type=Path, required=True, help="schedule file to write")
     choose.add_argument(
-        "--orders", type=order, nargs="+", default=(0, 1, 2), help="forecast orders to try, and fit (0 1 2)"
+        "--orders", type=order, nargs="+", default=(0, 1, 2, FIT), help="forecast orders to try, and fit (all)"
     )
     choose.add_argument("--grains", choices=GRAINS, nargs="+", default=GRAINS[:1], help="what to cache as one (branch)")
     choose.add_argument("--lags", type=int, default=5, help="longest reuse to measure, in steps (5)")

@@ -81,7 +81,7 @@ def choose(
     compute: float | None = None,
     at_least: float | None = None,
     metric: Metric | None = None,
-    orders: Sequence[int | str] = (0, 1, 2),
+    orders: Sequence[int | str] = (0, 1, 2, FIT),
     grains: Sequence[str] = ("branch",),
     lags: int = 5,
     trajectories: int = 20,
