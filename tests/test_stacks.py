@@ -85,6 +85,8 @@ def products_of_blocks(model: nn.Module) -> list[str]:
         for mask, graph in program.builder.graphs.items():
             if not mask.compute:
                 paths = [module_path(node) for node in graph.graph.nodes if packet(node) in MATMULS]
+                # diffusers' DiT embeds the timestep for its final layer by a module of its first block.
+                paths = [path for path in paths if ".norm1.emb." not in f"{path}."]
                 left += [path for path in paths for blocks in ranges if _is_in(path, blocks)]
     return left
 
