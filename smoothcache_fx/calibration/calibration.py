@@ -213,7 +213,7 @@ class Calibration:
             times=times,
             keep_last=keep_last,
         )
-        schedule = self._best_fit(plan) if order == FIT else plan(order)
+        schedule = self._best_fit(plan) if isinstance(order, str) else plan(order)
         warn_if_behind(self, schedule)
         return schedule
 
@@ -244,7 +244,7 @@ class Calibration:
     def _best_fit(self, plan: Callable[[int], Schedule]) -> Schedule:
         """Fitted to the rows of each order, which suit other coefficients; the one of least predicted error."""
         highest = highest_order(self)
-        fits = []
+        fits: list[Schedule] = []
         for order in range(highest + 1):
             try:
                 planned = plan(order)
