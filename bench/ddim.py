@@ -16,6 +16,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from smoothcache_fx.calibration import optimal
 from smoothcache_fx.demo.model import randomize
 
 GUIDANCE = 1.5
@@ -182,5 +183,4 @@ def even_row(steps: int, computed: int) -> list[int]:
     """A row that computes so many steps, first and last among them, at distances as equal as can be."""
     if not 2 <= computed <= steps:
         raise ValueError(f"between 2 and {steps} steps can be computed, got {computed}")
-    at = {round(index * (steps - 1) / (computed - 1)) for index in range(computed)}
-    return [int(step in at) for step in range(steps)]
+    return list(map(int, optimal.even_row(steps, computed)))

@@ -23,7 +23,7 @@ from smoothcache_fx.graphs.tables import format_bytes, format_table
 
 INTERVALS = (2, 3, 4, 6, 8)
 COMPUTED_FIRST = 3
-FORECASTS = (*map(str, ORDERS), FIT)
+FORECASTS = (*ORDERS, FIT)
 
 
 def psnrs(plain: torch.Tensor, cached: torch.Tensor) -> np.ndarray:
@@ -43,7 +43,7 @@ def calibrated(model: torch.nn.Module, sampler: Sampler, grain: str, lags: int) 
 
 
 def measure(
-    model: torch.nn.Module, name: str, intervals: list[int], samples: int, forecasts: list[str]
+    model: torch.nn.Module, name: str, intervals: list[int], samples: int, forecasts: list[int | str]
 ) -> list[dict[str, object]]:
     """PSNR of all samples, and cache bytes, for each interval, grain and forecast of one sampler."""
     sampler = SAMPLERS[name]
@@ -63,7 +63,7 @@ def measure(
         cells = []
         for grain, (kinds, _) in GRAINS.items():
             for order in forecasts:
-                degree = max(ORDERS) if order == FIT else int(order)
+                degree = max(ORDERS) if order == FIT else order
                 schedule = Schedule(steps, dict.fromkeys(kinds, row), order=degree)
                 if order == FIT:
                     schedule = calibrations[grain].fit(schedule)
@@ -92,7 +92,7 @@ def measure(
 
 def key(run: dict[str, object]) -> tuple[object, ...]:
     """What a run is of."""
-    return run["sampler"], run["interval"], run["grain"], str(run["order"])
+    return run["sampler"], run["interval"], run["grain"], run["order"]
 
 
 def main() -> None:
@@ -100,13 +100,14 @@ def main() -> None:
     parser.add_argument("--samplers", choices=SAMPLERS, nargs="+", default=list(SAMPLERS))
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--intervals", type=int, nargs="+", default=INTERVALS)
-    parser.add_argument("--forecasts", choices=FORECASTS, nargs="+", default=FORECASTS)
+    parser.add_argument("--forecasts", nargs="+", default=FORECASTS, help="orders 0 to 2, and fit (all)")
     parser.add_argument("--write", action="store_true", help="write bench/results/grains.json; other rows there stay")
     arguments = parser.parse_args()
+    forecasts = [order for order in FORECASTS if str(order) in map(str, arguments.forecasts)]
     model = load_model().eval()
     found = []
     for name in arguments.samplers:
-        found += measure(model, name, arguments.intervals, arguments.samples, arguments.forecasts)
+        found += measure(model, name, arguments.intervals, arguments.samples, forecasts)
     if arguments.write:
         if result_path("grains").exists():
             earlier = json.loads(result_path("grains").read_text())["runs"]

@@ -168,9 +168,8 @@ def draw_grains(results: dict[str, dict[str, Any]], name: str) -> None:
             device = results[sampler]["machine"]["device"]
             axis.set_xlabel(f"share of the uncached wall time, {device}", fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=3 + len(panels) // 3 * 2, frameon=False, fontsize=8
-    )
+    columns = 5 if len(panels) > 2 else 3
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     figure.savefig(PICTURES / name, dpi=130)
 
 

@@ -30,6 +30,9 @@ from .forecast import emit_difference, emit_forecast, holds_differences
 from .guard import CACHE, SITE, guards, restore
 from .rewriting import copy_graph, emit, placeholders, remove_dead_code, with_graph
 
+#: Metadata key of a variant's input: its position among the guarded graph's placeholders.
+INPUT = "smoothcache_input"
+
 
 def specialize(
     guarded: GraphModule,
@@ -46,11 +49,11 @@ def specialize(
         orders: of each site's forecast, at most what the guarded graph was made for; all 0 by default.
 
     The variant's placeholders are the inputs and caches that it uses, in the guarded graph's order; each carries its
-    position there in ``meta["smoothcache_input"]``. Symbolic sizes stay, used or not: other inputs' shapes need them.
+    position there in ``meta[INPUT]``. Symbolic sizes stay, used or not: other inputs' shapes need them.
     """
     graph, _ = copy_graph(guarded)
     for position, node in enumerate(placeholders(graph)):
-        node.meta = {**node.meta, "smoothcache_input": position}
+        node.meta = {**node.meta, INPUT: position}
     for node in guards(graph):
         value, cache, _, *rest = node.args
         site = node.meta[SITE]
@@ -104,4 +107,4 @@ def _keep_caches_inside(graph: Graph) -> None:
 
 def variant_inputs(variant: GraphModule) -> list[int]:
     """Positions, among the guarded graph's placeholders, of the variant's inputs."""
-    return [node.meta["smoothcache_input"] for node in placeholders(variant.graph)]
+    return [node.meta[INPUT] for node in placeholders(variant.graph)]

@@ -149,15 +149,17 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_readme.py": ("test_the_code_runs",),
     "test_recording.py": ("test_calls_are_repeated_with_inputs_of_the_same_strides",),
-    "test_stacks.py": (
+    "test_stack_trajectories.py": (
         "test_every_class",
         "test_times_and_streams",
         "test_under_inductor",
-        "test_memory_stays_flat_over_trajectories_of_changing_sizes",
-        "test_choose_tries_both_grains",
         "test_the_trajectory_is_the_oracles[diffusers_sd3-0]",
         "test_the_trajectory_is_the_oracles[diffusers_sd3-2]",
         "test_the_trajectory_is_the_oracles[diffusers_flux-0]",
+    ),
+    "test_stacks.py": (
+        "test_memory_stays_flat_over_trajectories_of_changing_sizes",
+        "test_choose_tries_both_grains",
         "test_one_graph_for_all_sizes",
     ),
     "test_fitted.py": (
@@ -214,7 +216,6 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_eager_work.py": ("test_attention_that_ran_in_no_graph_becomes_a_site",),
     "kernels/test_grouped_linear.py": ("test_inductor_calls_it",),
-    "test_docstrings.py": ("test_it_runs[choose]",),
     "pipelines/test_threads.py": ("test_first_calls_at_once_are_one_capture",),
     "pipelines/test_schedulers.py": ("test_guidance_that_is_switched_on_and_off",),
 }
@@ -253,6 +254,7 @@ NOT_QUICK = frozenset(
         "test_properties.py",
         "test_recording.py",
         "test_max_cache_bytes.py",
+        "test_stack_trajectories.py",
         "test_stacks.py",
         "test_trajectories.py",
         "test_whole.py",

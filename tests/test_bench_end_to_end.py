@@ -24,14 +24,6 @@ NAMES = ["eager", "torch.compile", *OURS, STACKS, *(name + end for name in THEIR
 PACKAGES = {"dit-smoothcache": "SmoothCache", "cache-dit": "cache_dit"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:

@@ -18,7 +18,7 @@ from helpers.stack_oracle import StackOracle
 from helpers.tolerances import COARSE, REORDERED, assert_close, assert_trajectories_close
 from smoothcache_fx import CalibrationError, Schedule, ScheduleError
 from smoothcache_fx.calibration.effects import Effects
-from smoothcache_fx.calibration.fitted import INDEPENDENT, fitted_together, least_squares
+from smoothcache_fx.calibration.fitted import FIT_INDEPENDENT, fitted_together, least_squares
 from smoothcache_fx.calibration.products import group_matrix
 from smoothcache_fx.demo import load_model
 from smoothcache_fx.demo.sampler import sample
@@ -140,10 +140,10 @@ def test_what_is_fitted_moves_the_sample_less_than_polynomials(calibrated):
     for step, coefficients in enumerate(fits):
         assert len(coefficients) == (0 if row[step] or step < 5 else min(3, 1 + step // 4))
         assert sum(coefficients) == pytest.approx(1) or not coefficients
-    errors = [moved(calibration.effects, np.ones(12), fits, schedule, INDEPENDENT)]
+    errors = [moved(calibration.effects, np.ones(12), fits, schedule, FIT_INDEPENDENT)]
     for order in (0, 1, 2):
         other = Schedule(12, plain.compute, order=order)
-        errors.append(moved(calibration.effects, np.ones(12), [()] * 12, other, INDEPENDENT))
+        errors.append(moved(calibration.effects, np.ones(12), [()] * 12, other, FIT_INDEPENDENT))
     assert 0 < errors[0] < min(errors[1:])
 
 

@@ -6,7 +6,6 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,16 +75,6 @@ def test_every_page_with_code_is_run():
     assert found == set(WRITTEN)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The models are tiny: where something else runs, a second thread makes these tests many times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 @each_page_with_code
 def test_the_code_runs(page, tmp_path, monkeypatch, capsys):
     """The blocks in order, with a model and a sampler as a reader would have them."""

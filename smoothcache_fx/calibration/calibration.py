@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -14,18 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import flag, instance, number_of, numbers_of, one_of, whole_number
+from ..checks import flag, instance, numbers_of, one_of, whole_number
 from ..errors import CalibrationError
-from ..schedules.clusters import joined, variants_of
 from ..schedules.files import check_header, read_object
 from ..schedules.schedule import Schedule
 from .effects import Effects
 from .fitted import fitted
-from .greedy import alpha_for, scan
+from .greedy import alpha_for
 from .html import calibration_html
-from .measurements import ALL, FIT, GRAINS
-from .optimal import CAUTIOUS, predicted_error
-from .planner import highest_order, optimal_rows, warn_if_behind
+from .measurements import ALL, GRAINS, group_flops
+from .optimal import predicted_error
+from .request import ScheduleRequest, share_of_flops
 from .site_errors import SiteErrors
 from .statistics import Moments, combine, half_width
 from .table import aligned, table_of
@@ -189,97 +186,18 @@ class Calibration:
             >>> schedule = calibration.schedule(compute=0.5)  # at most half of the branches' FLOPs
             >>> paper = calibration.schedule(alpha=0.18)
         """
-        if solver not in (None, "greedy", "optimal"):
-            raise CalibrationError(f"solver is {solver!r}, expected 'greedy' or 'optimal'")
-        if (alpha is None) == (compute is None):
-            raise CalibrationError(f"alpha is {alpha} and compute is {compute}; give exactly one of them")
-        if keep_last is not None:
-            keep_last = flag(keep_last, "keep_last")
-        if alpha is not None:
-            number_of(alpha, "alpha", "a number of at least 0, such as 0.18", CalibrationError, lambda a: a >= 0)
-        if max_variants is not None:
-            max_variants = whole_number(max_variants, "max_variants", 2, CalibrationError)
-        if solver == "optimal" and compute is None:
-            raise CalibrationError("solver='optimal' takes compute= (a share of the FLOPs), not alpha=")
-        if isinstance(order, str) and order != FIT:
-            raise CalibrationError(f"order is {order!r}, expected 0, 1, 2 or 'fit', or None for the best of 0 to 2")
-        plan = functools.partial(
-            self._planned,
-            alpha,
-            compute,
-            solver,
+        request = ScheduleRequest(
+            self,
+            alpha=alpha,
+            compute=compute,
+            solver=solver,
+            order=order,
             rows=rows,
             max_variants=max_variants,
             times=times,
             keep_last=keep_last,
         )
-        schedule = self._best_fit(plan) if isinstance(order, str) else plan(order)
-        warn_if_behind(self, schedule)
-        return schedule
-
-    def _planned(
-        self,
-        alpha: float | None,
-        compute: float | None,
-        solver: str | None,
-        order: int | None,
-        *,
-        rows: str | None,
-        max_variants: int | None,
-        times: Sequence[float] | None,
-        keep_last: bool | None,
-    ) -> Schedule:
-        """The schedule of one order, or of the best one; arguments as for `schedule`."""
-        found: Mapping[str, Sequence[bool]]
-        if compute is not None and solver != "greedy":
-            budget = self._share_of_flops(compute)
-            found, order = optimal_rows(self, budget, order, rows, times, bool(keep_last), max_variants)
-            flops = self._flops() if rows != "site" else {site.name: site.flops for site in self.sites}
-            flops = flops if flops and any(flops.values()) else None
-        else:
-            found = self._greedy_rows(alpha, compute, rows, keep_last is not False, max_variants)
-            order, flops = 0 if order is None else order, self._flops()
-        return Schedule(self.steps, found, order=order, flops=flops, times=times, timesteps=self.timesteps)
-
-    def _best_fit(self, plan: Callable[[int], Schedule]) -> Schedule:
-        """Fitted to the rows of each order, which suit other coefficients; the one of least predicted error."""
-        highest = highest_order(self)
-        fits: list[Schedule] = []
-        for order in range(highest + 1):
-            try:
-                planned = plan(order)
-            except CalibrationError:  # forecasts need more computed steps, as after guidance is switched off
-                if not fits:
-                    raise
-            else:
-                fits.append(self.fit(dataclasses.replace(planned, order=highest)))
-        joint = all(len({fit.row_for(site) for site in self.sites}) == 1 for fit in fits)
-        if not joint or self.effects is None:
-            return fits[-1]
-        return min(fits, key=lambda fit: predicted_error(self, fit, CAUTIOUS))
-
-    def _greedy_rows(
-        self, alpha: float | None, compute: float | None, rows: str | None, keep_last: bool, max_variants: int | None
-    ) -> dict[str, list[bool]]:
-        """The paper's rule for each group, or for groups that share a row, whose errors are the largest of theirs."""
-        if rows not in (None, "group", "joint"):
-            hint = "; rows of sites need solver='optimal'" if rows == "site" else ""
-            raise CalibrationError(f"rows is {rows!r}, expected 'joint' or 'group' with the greedy solver{hint}")
-        of_each = {group: self.error(group) for group in self.groups}
-        clusters = [tuple(of_each)] if rows == "joint" else [(group,) for group in of_each]
-        while True:
-            errors = {
-                " + ".join(cluster): np.maximum.reduce([of_each[group] for group in cluster]) for cluster in clusters
-            }
-            threshold = alpha
-            if compute is not None:
-                flops = self._flops()
-                weights = flops and {" + ".join(c): sum(flops[group] for group in c) for c in clusters}
-                threshold = alpha_for(errors, self._share_of_flops(compute), weights, keep_last)
-            found = [scan(error, threshold, keep_last) for error in errors.values()]
-            if max_variants is None or variants_of(found) <= max_variants:
-                return {group: row for cluster, row in zip(clusters, found, strict=True) for group in cluster}
-            clusters = joined(clusters, found)
+        return request.schedule()
 
     def fit(self, schedule: Schedule) -> Schedule:
         """A copy of a schedule whose forecasts have fitted coefficients in place of the polynomials'.
@@ -302,12 +220,6 @@ class Calibration:
             >>> fitted = calibration.fit(schedule)
         """
         instance(schedule, "schedule", Schedule, "Calibration.schedule or Schedule.uniform makes one")
-        if schedule.steps != self.steps:
-            raise CalibrationError(f"the schedule has {schedule.steps} steps, the calibration {self.steps}")
-        if not schedule.highest_order:
-            raise CalibrationError("the schedule has order 0: there is one output to read, and nothing to fit")
-        if any(site.products is None for site in self.sites):
-            raise CalibrationError("the calibration was made without order: calibrate(..., order=2) measures this")
         return fitted(self, schedule)
 
     def predicted_error(self, schedule: Schedule) -> float:
@@ -331,13 +243,9 @@ class Calibration:
         Raises:
             CalibrationError: if `compute` is not in (0, 1], or no alpha meets it (says the least possible).
         """
-        budget = self._share_of_flops(compute)
+        budget = share_of_flops(compute)
         errors = {group: self.error(group) for group in self.groups}
-        return alpha_for(errors, budget, self._flops(), flag(keep_last, "keep_last"))
-
-    def _share_of_flops(self, compute: object) -> float:
-        expected = "a share of FLOPs, above 0 and up to 1"
-        return number_of(compute, "compute", expected, CalibrationError, lambda share: 0 < share <= 1)
+        return alpha_for(errors, budget, group_flops(self), flag(keep_last, "keep_last"))
 
     def merge(self, other: Calibration) -> Calibration:
         """The observations of both, for calibrations of one model with the same steps and lags.
@@ -455,7 +363,3 @@ class Calibration:
             known = ", ".join(map(repr, self.groups))
             raise CalibrationError(f"there is no group {group!r}; this calibration has {known}")
         return combine(sites)
-
-    def _flops(self) -> dict[str, float] | None:
-        flops = {group: sum(site.flops for site in sites) for group, sites in self.groups.items()}
-        return flops if any(flops.values()) else None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import CalibrationError
 from ..schedules.schedule import Schedule
 from .effects import Effects
 from .measurements import ALL, Measurements
@@ -21,11 +22,17 @@ SHRINKAGE = 0.01
 #: The share of a fitted plan's squared error by which steps add up as independent ones. With less, errors are made to
 #: undo each other that do not in other samples: on the demo's model, stacks, every 8th step of DDIM, PSNR is 37.7 dB
 #: with 0.1 and 40.7 with 0.5. Euler's samples hardly differ between 0.1 and 0.6.
-INDEPENDENT = 0.5
+FIT_INDEPENDENT = 0.5
 
 
 def fitted(measured: Measurements, schedule: Schedule) -> Schedule:
     """As `Calibration.fit`."""
+    if schedule.steps != measured.steps:
+        raise CalibrationError(f"the schedule has {schedule.steps} steps, the calibration {measured.steps}")
+    if not schedule.highest_order:
+        raise CalibrationError("the schedule has order 0: there is one output to read, and nothing to fit")
+    if any(site.products is None for site in measured.sites):
+        raise CalibrationError("the calibration was made without order: calibrate(..., order=2) measures this")
     groups = {group: sites[0] for group, sites in measured.groups.items() if schedule.order_for(sites[0])}
     same = len({(schedule.row_for(site), schedule.order_for(site)) for site in measured.sites}) == 1
     if same and measured.effects is not None:
@@ -38,7 +45,7 @@ def fitted(measured: Measurements, schedule: Schedule) -> Schedule:
 
 
 def fitted_together(
-    effects: Effects, importance: Array, schedule: Schedule, site: SiteErrors, independent: float = INDEPENDENT
+    effects: Effects, importance: Array, schedule: Schedule, site: SiteErrors, independent: float = FIT_INDEPENDENT
 ) -> list[tuple[float, ...]]:
     """The coefficients, the same for all groups, with which the plan as a whole moves the model's output least.
 

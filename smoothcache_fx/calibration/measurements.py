@@ -29,8 +29,15 @@ class Measurements(Protocol):
     sites: list[SiteErrors]
     effects: Effects | None
     sensitivity: dict[str, NDArray[np.float64]]
+    timesteps: Sequence[float] | None
 
     @property
     def groups(self) -> Mapping[str, Sequence[SiteErrors]]: ...
 
     def error(self, group: str) -> NDArray[np.float64]: ...
+
+
+def group_flops(measured: Measurements) -> dict[str, float] | None:
+    """FLOPs of each group; None where they are not known."""
+    flops = {group: sum(site.flops for site in sites) for group, sites in measured.groups.items()}
+    return flops if any(flops.values()) else None

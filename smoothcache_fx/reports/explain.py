@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -93,11 +93,10 @@ def explain(
     limit = None if max_cache_bytes is None else byte_count(max_cache_bytes, "max_cache_bytes")
     if limit is not None and schedule is None:
         raise ValueError("max_cache_bytes is given without a schedule, and so there are no caches to fit into it")
-    capture = functools.partial(_captured, model, args, kwargs)
     with torch.no_grad(), contextlib.ExitStack() as sessions:
 
         def captured(schedule: Schedule | None = None, limit: int | None = None) -> Session:
-            session = capture(schedule, limit)
+            session = _captured(model, args, kwargs, schedule, limit)
             sessions.callback(session.close)
             return session
 
@@ -124,14 +123,6 @@ def _captured(
     """The model's graphs, with the caches and the stacks of a schedule."""
     new = functools.partial(_new_session, model=model, schedule=schedule or Schedule(1), limit=limit)
     return _captured_only(model, new, args, kwargs) or _captured_and_run(model, new, args, kwargs)
-
-
-#: What reads a number from a tensor.
-_SCALAR = torch.ops.aten._local_scalar_dense
-
-
-def _nodes(program: Program) -> Iterable[torch.fx.Node]:
-    return program.builder.captured.graph.nodes
 
 
 def _together(found: Mapping[str, Explanation]) -> Explanation:
@@ -192,10 +183,9 @@ def _new_session(kind: type[Session], model: torch.nn.Module, schedule: Schedule
 def _captured_only(
     model: torch.nn.Module, new: Callable[[type[Session]], Session], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Session | None:
-    """The model's session after capture, or None if it is not one graph for ``compile``, too.
+    """The model's session after capture; None if ``compile`` would make more than one graph of it.
 
-    Then Python between graphs may read values. Where Dynamo is asked for one graph it also keeps numbers in it that are
-    read from tensors (``item``), at which it breaks the graph otherwise.
+    Python between graphs may read values, so the model must then run.
     """
     place, compiled = ForwardPlace(model), forward_of(model)
     if place.attribute != "forward":
@@ -205,13 +195,19 @@ def _captured_only(
     try:
         _torch.dynamo_compile(forward, session, fullgraph=True)(*args, **kwargs)
     except _Captured:
-        if not any(packet(node) is _SCALAR for program in session.programs for node in _nodes(program)):
+        if not _reads_numbers(session):
             return session
-        log.info("one graph only since it must be: where compile's would break a number is read from a tensor")
+        log.info("a number is read from a tensor, where compile's graph breaks, so the model is run")
     except Exception as error:  # noqa: BLE001 - the run that follows raises it again, if it is not of the capture
         log.info("not one graph, so the model is run: %s", error)
     session.close()
     return None
+
+
+def _reads_numbers(session: Session) -> bool:
+    """Whether a graph reads a number from a tensor (``item``): Dynamo breaks there, unless one graph is asked for."""
+    nodes = (node for program in session.programs for node in program.builder.captured.graph.nodes)
+    return any(packet(node) is torch.ops.aten._local_scalar_dense for node in nodes)
 
 
 def _captured_and_run(
