@@ -76,6 +76,29 @@ def test_a_break_before_the_blocks_does_not_split_a_run():
         assert torch.equal(outputs[kinds][0], model(*given))
 
 
+class DecidesByData(Stack):
+    """Lists as many numbers of a tensor as another one says, as QwenImage 2.1 does: no graph can hold that, and Dynamo
+    fails with an error that is none of its own.
+    """
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        length = (c[:, 0] * 0 + 4).int()[0].item()
+        if torch.arange(x.shape[1])[:length].tolist()[-1] == 3:
+            x = x * 0.5
+        return super().forward(x, c)
+
+
+def test_what_cannot_be_captured_in_another_way_stays_as_it_was():
+    model, given = randomize(DecidesByData(2), 0).eval(), inputs()
+    plain = model(*given)
+    assert [stack.name for stack in smoothcache.explain(model, *given).stacks] == ["blocks.0-1"]
+    smoothcache.compile(model, Schedule(2, {"stack": (1, 0)}), backend="eager")
+    assert torch.equal(model(*given), plain)
+    model(*given)
+    report = smoothcache.report(model)
+    assert report.breaks and not report.forced and stacks_of(model) == ["blocks.0-1"]
+
+
 @pytest.mark.parametrize(
     "between, expected, reason",
     [

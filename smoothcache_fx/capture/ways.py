@@ -196,8 +196,8 @@ class Traced:
         try:
             with torch.random.fork_rng():
                 call(*args, **kwargs)
-        except _torch.CompileError as error:
-            log.info("cannot be captured in another way: %s", error)
+        except Exception as error:  # noqa: BLE001 - the call has been made: whatever is raised is of this other way
+            log.info("cannot be captured in another way: %s: %s", type(error).__name__, error)
             self.session.put_back(kept)
             return
         now = flops_in_sites(self.session)
