@@ -27,38 +27,41 @@ class Sampler:
     Attributes:
         title: for pictures and tables.
         steps: as many as users take of it.
-        run: images float32 ``[n, 1, 8, 8]`` for a model, labels ``[n]``, a number of steps and a seed.
+        run: images float32 ``[n, 1, 8, 8]`` for a model, labels ``[n]``, a number of steps, a seed and, if it is to be
+            another than `GUIDANCE`, a guidance scale.
     """
 
     title: str
     steps: int
-    run: Callable[[torch.nn.Module, Tensor, int, int], Tensor]
+    run: Callable[..., Tensor]
 
 
-def _noise_and_velocity(model: DiT, labels: Tensor, seed: int) -> tuple[Tensor, Callable[[Tensor, float], Tensor]]:
+def _noise_and_velocity(
+    model: DiT, labels: Tensor, seed: int, guidance: float
+) -> tuple[Tensor, Callable[[Tensor, float], Tensor]]:
     """Initial noise, and the guided velocity at latents and a time, by one call of a doubled batch."""
     device = next(model.parameters()).device
     noise = initial_noise(len(labels), (model.channels, model.image_size, model.image_size), seed).to(device)
     y = torch.cat((labels, torch.full_like(labels, model.num_classes))).to(device)
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        return guide(model(torch.cat((x, x)), torch.full((len(y),), t, device=device), y), GUIDANCE)
+        return guide(model(torch.cat((x, x)), torch.full((len(y),), t, device=device), y), guidance)
 
     return noise, velocity
 
 
-def _euler(model: DiT, labels: Tensor, steps: int, seed: int) -> Tensor:
-    return sample(model, labels, steps=steps, cfg_scale=GUIDANCE, seed=seed)
+def _euler(model: DiT, labels: Tensor, steps: int, seed: int, guidance: float = GUIDANCE) -> Tensor:
+    return sample(model, labels, steps=steps, cfg_scale=guidance, seed=seed)
 
 
 @torch.no_grad()
-def _ddim(model: DiT, labels: Tensor, steps: int, seed: int) -> Tensor:
+def _ddim(model: DiT, labels: Tensor, steps: int, seed: int, guidance: float = GUIDANCE) -> Tensor:
     """DDIM on the variance-preserving path ``z = sqrt(a) data + sqrt(1 - a) noise``, which is the flow's up to scale.
 
     Divided by ``sqrt(a) + sqrt(1 - a)`` it is the flow's ``x`` at ``t = sqrt(1 - a) / (sqrt(a) + sqrt(1 - a))``, where
     the noise is ``x + (1 - t) v``.
     """
-    x, velocity = _noise_and_velocity(model, labels, seed)
+    x, velocity = _noise_and_velocity(model, labels, seed, guidance)
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     for timestep in scheduler.timesteps:
@@ -71,9 +74,9 @@ def _ddim(model: DiT, labels: Tensor, steps: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def _dpm(model: DiT, labels: Tensor, steps: int, seed: int) -> Tensor:
+def _dpm(model: DiT, labels: Tensor, steps: int, seed: int, guidance: float = GUIDANCE) -> Tensor:
     """DPM-Solver++(2M) on the flow itself."""
-    x, velocity = _noise_and_velocity(model, labels, seed)
+    x, velocity = _noise_and_velocity(model, labels, seed, guidance)
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     scheduler.set_timesteps(steps)
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):

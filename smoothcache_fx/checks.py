@@ -45,17 +45,20 @@ def number_of(
 
 
 def numbers_of(
-    numbers: object, name: str, steps: int, error: type[SmoothCacheError] = ScheduleError
+    numbers: object, name: str, steps: int | None, error: type[SmoothCacheError] = ScheduleError
 ) -> tuple[float, ...]:
-    """``steps`` finite floats."""
+    """``steps`` finite floats; any number of them, but not none, where that is None."""
     if isinstance(numbers, (str, bytes, Mapping)) or not isinstance(numbers, Iterable):
-        raise error(f"{name} is {numbers!r}, expected a number for each of the {steps} steps, or None")
+        of = "each step" if steps is None else f"each of the {steps} steps"
+        raise error(f"{name} is {numbers!r}, expected a number for {of}, or None")
     values = []
     for value in map(scalar, numbers):
         if not is_number(value) or not math.isfinite(value):
             raise error(f"{name} has {value!r}, expected finite numbers, such as timesteps")
         values.append(float(value))
-    if len(values) != steps:
+    if steps is None and not values:
+        raise error(f"{name} is empty, expected a number for each step")
+    if steps is not None and len(values) != steps:
         raise error(f"{name} has {len(values)} entries, expected one for each of the {steps} steps")
     return tuple(values)
 

@@ -468,7 +468,7 @@ def test_observations_outside_the_arrays(lag, step):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "alpha is None and compute is None; give exactly one"),
+        ({}, "alpha is None, compute is None and quality is None; give exactly one"),
         ({"alpha": 0.1, "compute": 0.5}, "give exactly one"),
         ({"alpha": -0.1}, r"alpha is -0\.1, expected a number of at least 0"),
         ({"alpha": math.nan}, "alpha is nan"),

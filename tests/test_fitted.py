@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,12 +166,14 @@ def moved(effects: Effects, importance, coefficients, schedule: Schedule, indepe
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2]), st.floats(0.05, 1))
 @settings(max_examples=30, deadline=None)
 def test_no_other_coefficients_move_the_sample_less(seed, order, independent):
-    """Of those that add up to 1: any change of them along the way makes the objective larger."""
+    """Of those that add up to 1, without shrinkage: any change of them along the way makes the objective larger."""
     generator = np.random.default_rng(seed)
     sketch = generator.normal(size=(STEPS, STEPS, 16)).astype(np.float32)
     effects, importance = Effects(sketch, 1.0), generator.uniform(0.5, 2, STEPS)
     schedule = Schedule(STEPS, {"stack": ROW}, order=order)
-    found = fitted_together(effects, importance, schedule, SITE, independent)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("smoothcache_fx.calibration.fitted.FARTHEST", math.inf)
+        found = fitted_together(effects, importance, schedule, SITE, independent)
 
     def objective(coefficients) -> float:
         return moved(effects, importance, coefficients, schedule, independent)
@@ -184,6 +187,20 @@ def test_no_other_coefficients_move_the_sample_less(seed, order, independent):
             changed = [*found]
             changed[step] = tuple(np.array(found[step]) + change - change.mean())
             assert sum(changed[step]) == pytest.approx(1) and objective(changed) > least
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2]), st.floats(0, 6))
+@settings(max_examples=30, deadline=None)
+def test_coefficients_stay_near_the_polynomials(seed, order, magnitudes):
+    """Where steps count for very different amounts, those of little account must not make good for the others."""
+    generator = np.random.default_rng(seed)
+    effects = Effects(generator.normal(size=(STEPS, STEPS, 16)).astype(np.float32), 1.0)
+    schedule = Schedule(STEPS, {"stack": ROW}, order=order)
+    importance = 10 ** generator.uniform(-magnitudes, 0, STEPS)
+    for step, coefficients in enumerate(fitted_together(effects, importance, schedule, SITE)):
+        if len(coefficients) > 1:
+            start = np.array(schedule.polynomial(step, schedule.history_for(SITE, step)))
+            assert np.abs(np.array(coefficients) - start).sum() <= 3.001 * np.abs(start).sum()
 
 
 def test_what_was_not_measured_keeps_the_polynomial():

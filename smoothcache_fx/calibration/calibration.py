@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,14 @@ from .request import ScheduleRequest, share_of_flops
 from .site_errors import SiteErrors
 from .statistics import Moments, combine, half_width
 from .table import aligned, table_of
+from .transfer import steps_of, transferred
 
 __all__ = ["Calibration", "SiteErrors"]
 
 FORMAT = "smoothcache_fx.calibration"
 VERSION = 2
+#: Fields that a file has only where they are not the default.
+OPTIONAL = ("timesteps", "noise_levels", "grain", "interpolated")
 
 
 @dataclass(eq=False)
@@ -48,6 +51,10 @@ class Calibration:
             (``measure_sensitivity``); what is not in it counts the same at each step.
         timesteps: of each step, if all trajectories had the same. Schedules made of the calibration keep them.
         grain: ``branch``, or ``stack`` if runs of blocks were measured as one; schedules are of that grain.
+        noise_levels: of each step the share of noise, ``sigma / (alpha + sigma)``, by the scheduler's own table, if
+            a pipeline was calibrated whose scheduler has one.
+        interpolated: whether steps lie between those that were measured (`transfer`): less is then made of errors that
+            undo each other.
     """
 
     steps: int
@@ -59,6 +66,8 @@ class Calibration:
     sensitivity: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     timesteps: Sequence[float] | None = None
     grain: str = GRAINS[0]
+    noise_levels: Sequence[float] | None = None
+    interpolated: bool = False
 
     def __post_init__(self) -> None:
         self.steps = whole_number(self.steps, "steps", 1, CalibrationError)
@@ -67,6 +76,7 @@ class Calibration:
         if not isinstance(self.metadata, dict):
             raise CalibrationError(f"metadata is a {type(self.metadata).__name__}, expected a dict")
         one_of(self.grain, "grain", GRAINS, CalibrationError)
+        flag(self.interpolated, "interpolated")
         self.sites = list(self.sites)
         if not self.sites:
             raise CalibrationError("a calibration without sites; expected at least one")
@@ -86,6 +96,8 @@ class Calibration:
             raise CalibrationError(f"effects of {len(self.effects.sketch)} steps, expected {self.steps}")
         if self.timesteps is not None:
             self.timesteps = numbers_of(self.timesteps, "timesteps", self.steps, CalibrationError)
+        if self.noise_levels is not None:
+            self.noise_levels = numbers_of(self.noise_levels, "noise_levels", self.steps, CalibrationError)
         if not isinstance(self.sensitivity, dict):
             raise CalibrationError(f"sensitivity is a {type(self.sensitivity).__name__}, expected a dict")
         self.sensitivity = {key: self._checked_sensitivity(key, values) for key, values in self.sensitivity.items()}
@@ -106,7 +118,7 @@ class Calibration:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Calibration):
             return NotImplemented
-        names = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "timesteps", "grain")
+        names = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", *OPTIONAL)
         return all(getattr(self, name) == getattr(other, name) for name in names) and (
             {key: values.tolist() for key, values in self.sensitivity.items()}
             == {key: values.tolist() for key, values in other.sensitivity.items()}
@@ -140,14 +152,18 @@ class Calibration:
         *,
         alpha: float | None = None,
         compute: float | None = None,
+        quality: str | None = None,
         solver: str | None = None,
         order: int | str | None = None,
         rows: str | None = None,
         max_variants: int | None = None,
         times: Sequence[float] | None = None,
         keep_last: bool | None = None,
+        steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        scheduler: Any = None,
     ) -> Schedule:
-        """The best schedule for a budget (``compute``), or the one of the paper's rule (``alpha``).
+        """The best schedule for a budget (``compute``) or a ``quality``, or the one of the paper's rule (``alpha``).
 
         For a budget all groups share one row, so that two variants are all there is to compile: the row and the order
         of forecasts that are predicted to move the final sample least. Where none is predicted to be clearly better it
@@ -159,6 +175,9 @@ class Calibration:
         Args:
             alpha: the largest error allowed, the same for all groups, at least 0.
             compute: in place of alpha: the largest share of the branches' FLOPs to compute, in (0, 1].
+            quality: in place of alpha: how far the final sample may be off, in predicted relative L2 distance, with as
+                few steps computed as that takes. ``lossless`` computes everything, ``high`` allows 0.01 (40 dB below
+                the sample), ``medium`` 0.03 and ``fast`` 0.1. Needs ``measure_sensitivity``.
             solver: ``optimal``, the default for compute: the rows of least predicted error. ``greedy``, the default for
                 alpha: the paper's rule; with compute it takes the alpha that comes closest from below (for rows of
                 groups `alpha_for` gives it).
@@ -174,22 +193,26 @@ class Calibration:
                 one. By default as many as the rows make.
             times: a position for each step, in which forecasts are polynomials (see `Schedule`).
             keep_last: compute the last step too, as the paper's code does: the default of ``greedy``.
+            steps, timesteps, scheduler: for other steps than the calibrated ones, as for `transfer`.
 
         Returns:
             One row per group (or site), and their FLOPs as weights.
 
         Raises:
-            CalibrationError: if not exactly one of alpha and compute is given, one is out of range, the calibration
-                lacks what the solver needs, or no schedule meets the budget.
+            CalibrationError: if not exactly one of alpha, compute and quality is given, one is out of range, the
+                calibration lacks what the solver needs, or no schedule meets the budget.
 
         Example:
             >>> schedule = calibration.schedule(compute=0.5)  # at most half of the branches' FLOPs
             >>> paper = calibration.schedule(alpha=0.18)
+            >>> shorter = calibration.schedule(compute=0.5, steps=30)
         """
+        other = any(given is not None for given in (steps, timesteps, scheduler))
         request = ScheduleRequest(
-            self,
+            self.transfer(steps, timesteps=timesteps, scheduler=scheduler) if other else self,
             alpha=alpha,
             compute=compute,
+            quality=quality,
             solver=solver,
             order=order,
             rows=rows,
@@ -198,6 +221,35 @@ class Calibration:
             keep_last=keep_last,
         )
         return request.schedule()
+
+    def transfer(
+        self, steps: int | None = None, *, timesteps: Sequence[float] | None = None, scheduler: Any = None
+    ) -> Calibration:
+        """This calibration for other steps: another number of them, or another sampler of the same model.
+
+        What was measured is taken as a function of the noise level, and reuse over some steps as one over a distance
+        between levels. Levels are matched by the scheduler's own table of noise where the calibration and `scheduler`
+        both have one, else by timesteps. Sensitivities go with how far a step goes.
+
+        Args:
+            steps: how many there are to be; alone, they are spaced as the calibrated ones are.
+            timesteps: those of the other sampler, in sampling order, as the calibrated model or pipeline was given
+                them.
+            scheduler: the other sampler, of diffusers or like those, after its ``set_timesteps``; a copy of it is set
+                to `steps` if they are given.
+
+        Returns:
+            A calibration with as many steps. Its ``lags`` are how many of the new steps the measured ones reach over.
+
+        Raises:
+            CalibrationError: steps are so few that not even reuse from one to the next was measured, the noise levels
+                have nothing in common, or a step's level is not known.
+
+        Example:
+            >>> fewer = calibration.transfer(steps=30)
+            >>> schedule = fewer.schedule(compute=0.5)
+        """
+        return replace(self, **transferred(self, steps_of(self, steps, timesteps, scheduler)))
 
     def fit(self, schedule: Schedule) -> Schedule:
         """A copy of a schedule whose forecasts have fitted coefficients in place of the polynomials'.
@@ -284,8 +336,17 @@ class Calibration:
         effects = self.effects.merge(other.effects) if both else None
         sensitivity = {**other.sensitivity, **self.sensitivity}
         timesteps = self.timesteps if self.timesteps == other.timesteps else None
-        return Calibration(
-            self.steps, self.lags, sites, history_bytes, metadata, effects, sensitivity, timesteps, self.grain
+        levels = self.noise_levels if self.noise_levels == other.noise_levels else None
+        return replace(
+            self,
+            sites=sites,
+            history_bytes=history_bytes,
+            metadata=metadata,
+            effects=effects,
+            sensitivity=sensitivity,
+            timesteps=timesteps,
+            noise_levels=levels,
+            interpolated=self.interpolated or other.interpolated,
         )
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -309,10 +370,9 @@ class Calibration:
             f'  "sensitivity": {json.dumps({key: values.tolist() for key, values in self.sensitivity.items()})}',
             '  "sites": [\n' + ",\n".join(f"    {json.dumps(site.to_json())}" for site in self.sites) + "\n  ]",
         ]
-        if self.timesteps is not None:
-            lines.insert(-1, f'  "timesteps": {json.dumps(self.timesteps)}')
-        if self.grain != GRAINS[0]:
-            lines.insert(-1, f'  "grain": {json.dumps(self.grain)}')
+        for name in OPTIONAL:
+            if (value := getattr(self, name)) not in (None, False, GRAINS[0]):
+                lines.insert(-1, f'  "{name}": {json.dumps(value)}')
         Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
     @classmethod
@@ -327,7 +387,7 @@ class Calibration:
         keys: tuple[str, ...] = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "sensitivity")
         if data.get("format") == FORMAT and data.get("version") == 1:
             data = {"effects": None, "sensitivity": {}, **data}
-        keys += tuple(key for key in ("timesteps", "grain") if key in data)
+        keys += tuple(key for key in OPTIONAL if key in data)
         check_header(data, path, format=FORMAT, version=VERSION, keys=keys, error=CalibrationError)
         try:
             if not isinstance(data["sites"], list):
@@ -340,8 +400,7 @@ class Calibration:
                 metadata=data["metadata"],
                 effects=None if data["effects"] is None else Effects.from_json(data["effects"]),
                 sensitivity=data["sensitivity"],
-                timesteps=data.get("timesteps"),
-                grain=data.get("grain", GRAINS[0]),
+                **{key: data[key] for key in OPTIONAL if key in data},
             )
         except CalibrationError as reason:
             raise CalibrationError(f"{str(path)!r} holds no valid calibration: {reason}") from reason

@@ -30,6 +30,8 @@ class Measurements(Protocol):
     effects: Effects | None
     sensitivity: dict[str, NDArray[np.float64]]
     timesteps: Sequence[float] | None
+    noise_levels: Sequence[float] | None
+    interpolated: bool
 
     @property
     def groups(self) -> Mapping[str, Sequence[SiteErrors]]: ...

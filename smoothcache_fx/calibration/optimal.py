@@ -24,6 +24,9 @@ INDEPENDENT = 0.1
 #: The same where a row that was searched for is compared with one that was not: the search has found rows whose errors
 #: undo each other in the calibration's samples, which they do less in others.
 CAUTIOUS = 0.3
+#: Both, where measurements lie between the steps that were calibrated: in interpolated ones errors undo each other that
+#: do not in measured ones.
+INTERPOLATED = 0.5
 #: How far a computed step is moved at a time, in search of a better row.
 FARTHEST_MOVE = 6
 
@@ -268,6 +271,13 @@ def _mean_forecast(measured: Measurements, schedule: Schedule) -> Callable[[int,
     return lambda step, computed: np.average(
         [schedule.forecast(site, step, computed) for site in sites], axis=0, weights=weights
     )
+
+
+def independence(measured: Measurements, *, cautious: bool = False) -> float:
+    """The share of a plan's squared error that adds up as independent ones, in what was measured."""
+    if measured.interpolated:
+        return INTERPOLATED
+    return CAUTIOUS if cautious else INDEPENDENT
 
 
 def too_high(measured: Measurements, order: int) -> CalibrationError:

@@ -16,12 +16,11 @@ from ..schedules.rows import times_of
 from ..schedules.schedule import HIGHEST_ORDER, Schedule
 from .measurements import Measurements
 from .optimal import (
-    CAUTIOUS,
-    INDEPENDENT,
     JointPlan,
     LagPlan,
     even_row,
     every_nth_row,
+    independence,
     joint_plan,
     lag_costs,
     product_costs,
@@ -74,7 +73,7 @@ def optimal_rows(
     flops = {key: sum(site.flops for site in sites) for key, sites in parts.items()}
     clusters = clustered(flops) if rows == "group" else [(key,) for key in parts]
     best: tuple[float, dict[str, list[bool]], int] | None = None
-    for candidate in _orders(measured, order, products=True):
+    for candidate in orders_predicted(measured, order, products=True):
         costs = {key: _costs(measured, sites, candidate, times) for key, sites in parts.items()}
         try:
             total, found = _separate_rows(flops, clusters, costs, budget, keep_last, max_variants)
@@ -88,7 +87,7 @@ def optimal_rows(
     return best[1], best[2]
 
 
-def _orders(measured: Measurements, order: int | None, products: bool = False) -> Sequence[int]:
+def orders_predicted(measured: Measurements, order: int | None = None, products: bool = False) -> Sequence[int]:
     """The orders to choose from: the one that is asked for, or all that the calibration can predict."""
     if order is not None:
         return (order,)
@@ -101,7 +100,7 @@ def _orders(measured: Measurements, order: int | None, products: bool = False) -
 
 def highest_order(measured: Measurements) -> int:
     """The highest order of forecasts that the calibration can predict; raises ``CalibrationError`` if that is none."""
-    order = _orders(measured, None, products=measured.effects is None)[-1]
+    order = orders_predicted(measured, products=measured.effects is None)[-1]
     if not order:
         raise too_high(measured, 1)
     return order
@@ -140,7 +139,7 @@ def _joint_row(
 ) -> tuple[list[bool], int]:
     """One row for all groups, and its order: every n-th step in reads of order 0, unless another is clearly better."""
     best: tuple[float, list[bool], int] | None = None
-    for candidate in _orders(measured, order):
+    for candidate in orders_predicted(measured, order):
         plan: JointPlan | LagPlan
         if measured.effects is None and candidate == 0:
             plan = LagPlan(measured, measured.groups)
@@ -154,7 +153,7 @@ def _joint_row(
                 raise
             continue  # forecasts need more computed steps, as after guidance is switched off
         regular = every_nth_row(measured.steps, count, keep_last)
-        independent = INDEPENDENT if order is not None else CAUTIOUS
+        independent = independence(measured, cautious=order is None)
         # Errors of even gaps undo each other, which the program cannot see: improving them may lead to a better end.
         starts = [found[count], regular] + ([even_row(measured.steps, count)] if count > 1 else [])
         found_from = [plan.improve(start, keep_last, independent) for start in starts if start]
@@ -162,7 +161,7 @@ def _joint_row(
         if order is not None:
             return improved, order
         for row in (regular, improved):
-            error = plan.error(row, CAUTIOUS) if row else math.inf
+            error = plan.error(row, independent) if row else math.inf
             if best is None or error < WORTHWHILE**2 * best[0]:
                 best = error, row, candidate
     assert best is not None
@@ -194,7 +193,7 @@ def warn_if_behind(measured: Measurements, schedule: Schedule) -> None:
     count = max(1, round(computed))
     if count in (1, schedule.steps) or measured.effects is None:
         return
-    if schedule.highest_order not in _orders(measured, None):
+    if schedule.highest_order not in orders_predicted(measured):
         return
     regular = every_nth_row(schedule.steps, count)
     plan = joint_plan(measured, schedule.highest_order, schedule.times)

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..checks import flag, number_of, whole_number
+from ..checks import flag, number_of, one_of, whole_number
 from ..errors import CalibrationError
 from ..schedules.clusters import joined, variants_of
 from ..schedules.schedule import Schedule
 from .fitted import fitted
 from .greedy import alpha_for, scan
-from .measurements import FIT, Measurements, group_flops
-from .optimal import CAUTIOUS, predicted_error
-from .planner import highest_order, optimal_rows, warn_if_behind
+from .measurements import ALL, FIT, Measurements, group_flops
+from .optimal import independence, predicted_error
+from .planner import highest_order, optimal_rows, orders_predicted, warn_if_behind
+from .quality import QUALITIES
 
 
 @dataclass(frozen=True)
 class ScheduleRequest:
-    """A budget or an alpha, and how it is to be met; fields as the arguments of `Calibration.schedule`."""
+    """A budget, an alpha or a quality, and how it is to be met; fields as the arguments of `Calibration.schedule`."""
 
     measured: Measurements
     alpha: float | None = None
     compute: float | None = None
+    quality: str | None = None
     solver: str | None = None
     order: int | str | None = None
     rows: str | None = None
@@ -36,23 +39,42 @@ class ScheduleRequest:
     def __post_init__(self) -> None:
         if self.solver not in (None, "greedy", "optimal"):
             raise CalibrationError(f"solver is {self.solver!r}, expected 'greedy' or 'optimal'")
-        if (self.alpha is None) == (self.compute is None):
-            raise CalibrationError(f"alpha is {self.alpha} and compute is {self.compute}; give exactly one of them")
+        if sum(given is not None for given in (self.alpha, self.compute, self.quality)) != 1:
+            raise CalibrationError(
+                f"alpha is {self.alpha}, compute is {self.compute} and quality is {self.quality}; give exactly one of "
+                "them"
+            )
+        if self.quality is not None:
+            self._check_quality()
         if self.keep_last is not None:
             flag(self.keep_last, "keep_last")
         if self.alpha is not None:
             number_of(self.alpha, "alpha", "a number of at least 0, such as 0.18", CalibrationError, lambda a: a >= 0)
         if self.max_variants is not None:
             whole_number(self.max_variants, "max_variants", 2, CalibrationError)
-        if self.solver == "optimal" and self.compute is None:
+        if self.solver == "optimal" and self.alpha is not None:
             raise CalibrationError("solver='optimal' takes compute= (a share of the FLOPs), not alpha=")
         if isinstance(self.order, str) and self.order != FIT:
             raise CalibrationError(
                 f"order is {self.order!r}, expected 0, 1, 2 or 'fit', or None for the best of 0 to 2"
             )
 
+    def _check_quality(self) -> None:
+        one_of(self.quality, "quality", tuple(QUALITIES), CalibrationError)
+        if self.solver == "greedy" or self.rows not in (None, "joint"):
+            raise CalibrationError(
+                "a quality is a predicted error, which is known of one row for all groups: leave out solver and rows"
+            )
+        if QUALITIES[str(self.quality)] and ALL not in self.measured.sensitivity:
+            raise CalibrationError(
+                f"quality={self.quality!r} needs to know how errors reach the final sample: "
+                "smoothcache.measure_sensitivity(model, sample, calibration) measures it"
+            )
+
     def schedule(self) -> Schedule:
         """The schedule; tells where every n-th step is predicted to be better."""
+        if self.quality is not None:
+            return self._of_quality(QUALITIES[self.quality])
         found = self._best_fit() if isinstance(self.order, str) else self._of_order(self.order)
         warn_if_behind(self.measured, found)
         return found
@@ -74,6 +96,38 @@ class ScheduleRequest:
             order = 0 if order is None else order
         return Schedule(measured.steps, found, order=order, flops=flops, times=self.times, timesteps=measured.timesteps)
 
+    def _of_quality(self, most: float) -> Schedule:
+        """The one that computes the fewest steps of those that are predicted to err by at most this."""
+        measured = self.measured
+        highest = orders_predicted(measured)[-1]
+        order = self.order
+        if order is None:  # the same for all qualities, so that they have caches and variants in common
+            order = FIT if highest else 0
+        every = dict.fromkeys(measured.groups, (True,) * measured.steps)
+        found = Schedule(
+            measured.steps,
+            every,
+            order=highest if isinstance(order, str) else order,
+            flops=group_flops(measured),
+            timesteps=measured.timesteps,
+        )
+        if not most:
+            return found
+        fewest, enough = math.ceil(measured.steps / (measured.lags + 1)), measured.steps
+        while fewest < enough:
+            count = (fewest + enough) // 2
+            request = dataclasses.replace(self, quality=None, compute=count / measured.steps, order=order)
+            try:
+                planned = request.schedule()
+            except CalibrationError:  # so few steps cannot be computed
+                fewest = count + 1
+                continue
+            if predicted_error(measured, planned, independence(measured, cautious=True)) > most:
+                fewest = count + 1
+            else:
+                found, enough = planned, count
+        return found
+
     def _best_fit(self) -> Schedule:
         """Fitted to the rows of each order, which suit other coefficients; the one of least predicted error."""
         measured, highest = self.measured, highest_order(self.measured)
@@ -89,7 +143,8 @@ class ScheduleRequest:
         joint = all(len({fit.row_for(site) for site in measured.sites}) == 1 for fit in fits)
         if not joint or measured.effects is None:
             return fits[-1]
-        return min(fits, key=lambda fit: predicted_error(measured, fit, CAUTIOUS))
+        independent = independence(measured, cautious=True)
+        return min(fits, key=lambda fit: predicted_error(measured, fit, independent))
 
     def _greedy_rows(self, keep_last: bool) -> dict[str, list[bool]]:
         """The paper's rule for each group, or for groups that share a row, whose errors are the largest of theirs."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.measurements import FIT
+from ..calibration.quality import QUALITIES
 from ..schedules.schedule import HISTORY_DTYPES
 from .command import command, order
 
@@ -20,13 +21,15 @@ def add(commands: Any) -> None:
         run,
         "make a schedule from a calibration",
         "schedule calibration.json --compute 0.5 -o schedule.json",
+        "schedule calibration.json --compute 0.5 --steps 30 -o schedule_30.json",
     )
     schedule.add_argument("calibration", type=Path, nargs="?", help="calibration file (not with --interval)")
     rule = schedule.add_mutually_exclusive_group(required=True)
     rule.add_argument("--alpha", type=float, help="largest error allowed (the paper's rule)")
     rule.add_argument("--compute", type=float, help="largest share of the branches' FLOPs to compute")
+    rule.add_argument("--quality", choices=tuple(QUALITIES), help="how far the final sample may be predicted to be off")
     rule.add_argument("--interval", type=int, help="compute every N-th step (FORA); needs --steps")
-    schedule.add_argument("--steps", type=int, help="denoising steps, for --interval")
+    schedule.add_argument("--steps", type=int, help="denoising steps (default: those of the calibration)")
     schedule.add_argument(
         "--solver",
         choices=("greedy", "optimal"),
@@ -63,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError("--order fit needs a calibration: it fits the forecasts to what was measured")
         schedule = dataclasses.replace(Schedule.uniform(options.steps, options.interval), order=options.order or 0)
     elif options.calibration is None:
-        raise ValueError("--alpha and --compute need a calibration file: smoothcache calibrate makes one")
+        raise ValueError("--alpha, --compute and --quality need a calibration file: smoothcache calibrate makes one")
     else:
         calibration = Calibration.load(options.calibration)
         schedule = calibration.schedule(
@@ -73,6 +76,8 @@ def run(options: argparse.Namespace) -> None:
             order=options.order,
             rows=options.rows,
             max_variants=options.max_variants,
+            quality=options.quality,
+            steps=options.steps,
         )
     schedule = dataclasses.replace(schedule, history_dtype=options.history_dtype)
     if options.output is not None:

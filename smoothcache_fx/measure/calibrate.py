@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -136,7 +137,9 @@ def calibrate(
         raise CalibrationError(f"the sampler takes {total} steps, the schedule to be followed has {schedule.steps}")
     recorder_bytes = sum(recorder.history_bytes for recorder in observed.recorders)
     log.info("calibration kept %.1f MiB of outputs", recorder_bytes / 2**20)
-    return _gather(observed.recorders, total, metadata, agreed(observed.sequences(), total), grain)
+    timesteps = agreed(observed.sequences(), total)
+    calibration = _gather(observed.recorders, total, metadata, timesteps, grain)
+    return calibration if timesteps is None else replace(calibration, noise_levels=observed.noise_levels())
 
 
 def _device(wanted: torch.device | str) -> torch.device:

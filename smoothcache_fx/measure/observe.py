@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from ..calibration.noise_levels import noise_levels_of
 from ..capture.ways import Traced
 from ..checks import flag, whole_number
 from ..compiled.compiler import check_compilable
@@ -21,6 +22,7 @@ from ..runtime.clock import Clock
 from ..runtime.copies import copied
 from ..runtime.pipelines import denoisers, follow_cache_context, is_pipeline
 from ..runtime.scheduler_clock import DenoiserClock, SchedulerClock
+from ..runtime.scheduler_run import Run
 from .recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -81,11 +83,12 @@ def _buffers_kept(model: torch.nn.Module) -> Iterator[None]:
 @dataclass
 class Observed(Generic[R]):
     """A model or pipeline whose denoisers are observed: a recorder each, and of the trajectories so far the number of
-    steps and the sequences of timesteps."""
+    steps, the sequences of timesteps, and a pipeline's levels of noise."""
 
     recorders: list[R]
     steps: Callable[[], int]
     sequences: Callable[[], set[tuple[float | None, ...]]]
+    noise_levels: Callable[[], tuple[float, ...] | None] = lambda: None
 
 
 @contextlib.contextmanager
@@ -122,10 +125,18 @@ def observing(
             restore.callback(follow_cache_context(model, own_clock))
         restore.callback(shared.detach)
         shared.attach(model_or_pipeline)
-        yield Observed(recorders, lambda: _steps_of(shared), lambda: shared.sequences)
+        yield Observed(recorders, lambda: _steps_of(shared), lambda: shared.sequences, lambda: shared.noise_levels)
 
 
 class _ObservedSchedulers(SchedulerClock):
+    #: Of the last run's steps.
+    noise_levels: tuple[float, ...] | None = None
+
+    def _count(self, run: Run) -> None:
+        if not run.called_in_trajectory:
+            self.noise_levels = noise_levels_of(run.scheduler())
+        super()._count(run)
+
     def wrong_length(self, scheduler: Any, length: int) -> SmoothCacheError:
         return CalibrationError(
             f"{type(scheduler).__name__} was set to {length} timesteps, expected {self.steps}: give steps={length}, or "

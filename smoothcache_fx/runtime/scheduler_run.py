@@ -81,8 +81,3 @@ class Run:
         if self.scale is None and own:
             self.scale = timestep / own
         return self.scale is None or abs(timestep - self.scale * own) <= 1e-3 * max(abs(timestep), abs(self.scale))
-
-
-def timesteps_of(scheduler: Any) -> tuple[float, ...]:
-    """A scheduler's timesteps, in sampling order."""
-    return tuple(torch.as_tensor(scheduler.timesteps, dtype=torch.float64).flatten().tolist())
