@@ -3,7 +3,7 @@
 from . import importers
 from ._version import __version__
 from .calibration.calibration import Calibration
-from .compiled.compiler import compile, disabled, remove, reset
+from .compiled.compiler import compile, disabled, remove, reset, set_schedule
 from .errors import CalibrationError, CompiledError, NoSitesError, ScheduleError, SmoothCacheError, StepError
 from .measure.calibrate import calibrate
 from .measure.choose import Choice, choose
@@ -43,5 +43,6 @@ __all__ = [
     "remove",
     "report",
     "reset",
+    "set_schedule",
     "timed",
 ]

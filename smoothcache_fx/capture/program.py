@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from ..passes.sites import Site
 from ..passes.stacks import Stack, as_site, find_stacks
 from ..runtime.binding import Binding
 from ..runtime.calls import ModelCall
-from ..runtime.variant import SiteInfo, SiteName, picker
+from ..runtime.variant import SiteInfo, SiteName, Variant, picker
 from ..schedules.schedule import Schedule
 from ..schedules.selectors import block_range
 from . import _torch
@@ -99,24 +99,53 @@ class Program:
         self.graph_break = frame.graph_break
         self.session = session
         self.frame = frame
-        schedule = session.schedule
-        self.builder = GraphBuilder(
-            captured,
-            compile_variant,
-            session.inner,
+        self._captured, self._compile_variant = captured, compile_variant
+        self._weights_among = picker(frame.weights)
+        # A frame with all parameters of the model runs at one place, even if offloading replaces them at each call.
+        self._has_one_place = frame.has_all_of(session.root)
+        self._layouts = [self._lay_out()]
+        self.dispatcher = session.dispatcher(self._layouts[0].builder)
+        self._take(self._layouts[0])
+        self._followed = session.schedule
+
+    def _lay_out(self) -> _Layout:
+        """The graph as the session's schedule needs it."""
+        schedule = self.session.schedule
+        builder = GraphBuilder(
+            self._captured,
+            self._compile_variant,
+            self.session.inner,
             schedule.highest_order,
             schedule.history_dtype,
             self._stacks,
         )
-        self.dispatcher = session.dispatcher(self.builder)
-        self.bindings: list[Binding] = []
-        self._weights_among = picker(frame.weights)
-        self._weight_names: dict[Binding, dict[int, str]] = {}
-        self._places: dict[tuple[int, ...], _Place] = {}
-        self._named_places: dict[tuple[str | None, ...], _Place] = {}
+        limited = self.session.max_cache_bytes is not None
+        return _Layout(builder, schedule, limited, _Place() if self._has_one_place else None)
+
+    def _take(self, layout: _Layout) -> None:
+        """Serve calls by this layout from now on."""
+        self.builder, self.bindings = layout.builder, layout.bindings
+        self.dispatcher.serve(layout.builder, layout.variants)
+        self._places, self._named_places, self._only_place = layout.places, layout.named_places, layout.only_place
+        self._weight_names = layout.weight_names
         self._last: tuple[tuple[int, ...] | None, _Place | None] = None, None
-        # A frame with all parameters of the model runs at one place, even if offloading replaces them at each call.
-        self._only_place = _Place() if frame.has_all_of(session.root) else None
+
+    def _follow(self) -> None:
+        """The session has another schedule: take the graph as that needs it, with all variants made so far."""
+        with _torch.compile_lock:
+            schedule = self.session.schedule
+            layout = next((layout for layout in self._layouts if layout.fits(schedule)), None)
+            if layout is None:
+                layout = self._lay_out()
+                self._layouts.append(layout)
+            if layout.builder is not self.builder:
+                for binding in self.bindings:
+                    binding.streams.clear()
+                self._take(layout)
+            for binding in layout.bindings:
+                check_stacks(schedule, binding.sites)
+                binding.follow(self.session.plan(binding.sites))
+            self._followed = schedule
 
     def _stacks(self, graph: Graph, branches: list[Site]) -> list[Stack]:
         """The stacks that the schedule selects, and those that a limit of memory makes of what it leaves."""
@@ -133,6 +162,8 @@ class Program:
 
     def bind(self, inputs: Sequence[Any], call: ModelCall) -> Binding:
         """The binding for the frame's inputs: the weights say at which module, the count says which call of it."""
+        if self._followed is not self.session.schedule:
+            self._follow()
         if (place := self._only_place) is None:
             weights = self._weights_among(inputs)
             key = tuple(map(id, weights))
@@ -192,23 +223,20 @@ class Program:
         The place's caches are freed, unless it is known by the weights' names. Its bindings stay for a compiled model's
         report; a program of the registered backend, which serves any number of models, drops them.
         """
-        place = self._places.pop(key, None)
         self._last = None, None
-        for binding in () if place is None or place.keep else place.bindings:
-            binding.streams.clear()
-            if self.session.root is None:
-                self.bindings.remove(binding)
-                del self._weight_names[binding]
+        for layout in self._layouts:
+            place = layout.places.pop(key, None)
+            for binding in () if place is None or place.keep else place.bindings:
+                binding.streams.clear()
+                if self.session.root is None:
+                    layout.bindings.remove(binding)
+                    del layout.weight_names[binding]
 
     def close(self) -> None:
         """Free caches and variants. What Dynamo has compiled still holds the dispatcher: it is emptied, too."""
-        self.bindings.clear()
-        self._weight_names.clear()
-        self._places.clear()
-        self._named_places.clear()
+        for layout in self._layouts:
+            layout.close()
         self._last = None, None
-        if self._only_place is not None:
-            self._only_place.bindings.clear()
         self.dispatcher.close()
 
     def _new_binding(self, inputs: Sequence[Any], call: int) -> Binding:
@@ -237,6 +265,47 @@ class Program:
             binding.make_room = self.session.keeper.make_room
         self._weight_names[binding] = names
         return binding
+
+
+class _Layout:
+    """A captured graph as one kind of schedule needs it: its sites and caches, variants, and places where it ran.
+
+    Schedules differ in what is computed when, and have it in common, but for stacks, what histories are kept in, and
+    higher orders, which need more caches.
+    """
+
+    def __init__(self, builder: GraphBuilder, schedule: Schedule, limited: bool, only_place: _Place | None) -> None:
+        self.builder = builder
+        self.variants: dict[Hashable, Variant] = {}
+        self.bindings: list[Binding] = []
+        self.weight_names: dict[Binding, dict[int, str]] = {}
+        self.places: dict[tuple[int, ...], _Place] = {}
+        self.named_places: dict[tuple[str | None, ...], _Place] = {}
+        self.only_place = only_place
+        self._schedule = schedule
+        #: Whether a limit of memory has made stacks, by what this very schedule takes.
+        self._limited = limited
+
+    def fits(self, schedule: Schedule) -> bool:
+        """Whether it serves a schedule."""
+        own = self._schedule
+        if self._limited:
+            return own == schedule
+        same_stacks = _stacks_of(own) == _stacks_of(schedule)
+        same_history = own.history_dtype == schedule.history_dtype or not schedule.highest_order
+        return same_stacks and same_history and schedule.highest_order < self.builder.slots
+
+    def close(self) -> None:
+        """Free caches and variants."""
+        for kept in (self.variants, self.bindings, self.weight_names, self.places, self.named_places):
+            kept.clear()
+        if self.only_place is not None:
+            self.only_place.bindings.clear()
+
+
+def _stacks_of(schedule: Schedule) -> tuple[Any, ...]:
+    """What of a schedule makes stacks."""
+    return STACK in schedule.compute, set(schedule.block_ranges)
 
 
 def _leave(program: weakref.ref[Program], key: tuple[int, ...], lost: object) -> None:

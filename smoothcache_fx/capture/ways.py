@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import CompiledError, SmoothCacheError
+from ..schedules.schedule import Schedule
 from . import _torch
 from .eager_work import flops_by_container
 from .program import Program
@@ -66,6 +67,13 @@ class Traced:
             if not self._may_run_uncompiled():
                 raise
             return self._uncompiled(args, kwargs, error)
+
+    def follow(self, schedule: Schedule) -> None:
+        """Run by another schedule. What was captured stays, but where stacks want another way of capture."""
+        stacks_are_new = schedule.has_stacks and not self.session.schedule.has_stacks
+        self.session.schedule = schedule
+        if stacks_are_new and self.session.capture.broken:
+            self._begin_anew()
 
     def _later(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graphs = len(self.session.programs)

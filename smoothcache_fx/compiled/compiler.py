@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from ..runtime.pipelines import denoisers, follow_cache_context, is_pipeline
 from ..runtime.scheduler_clock import DenoiserClock, SchedulerClock
 from ..schedules.schedule import Schedule
 from .forward import CompiledForward, ForwardPlace, compiled_forwards, forward_of
+from .schedules import Schedules, ScheduleSet, only_schedule, schedules_of
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +28,15 @@ Model = TypeVar("Model", bound=Any)
 
 #: More variants than this take longer to compile than users expect, and are warned about.
 MANY_VARIANTS = 6
+#: What is followed before the first run of a pipeline with several schedules.
+EVERYTHING = Schedule(1)
 
 
 def compile(
     model_or_pipeline: Model,
-    schedule: Schedule,
+    schedule: Schedules,
     *,
+    quality: str | None = None,
     backend: str = "inductor",
     mode: str | None = None,
     dynamic: bool | None = None,
@@ -54,7 +58,10 @@ def compile(
     Args:
         model_or_pipeline: the transformer, in eval mode, or a pipeline.
         schedule: which branches to compute and which to reuse, per step; of a pipeline one step per timestep of the
-            scheduler.
+            scheduler. For a pipeline also a set of schedules by their number of steps, ``{20: a, 30: b}``, of which
+            each run takes its own, or a `Calibration`, which makes them when they are needed.
+        quality: of the schedules that a calibration makes: ``lossless``, ``high``, ``medium`` (the default) or
+            ``fast``, as for `Calibration.schedule`.
         backend: the inner compiler: ``inductor``, ``eager``, ``aot_eager`` or any name of
             ``torch._dynamo.list_backends(None)``.
         mode, dynamic, fullgraph, options: as for ``torch.compile``; ``guard_filter_fn`` among the options is Dynamo's.
@@ -78,18 +85,13 @@ def compile(
         NoSitesError: at the first call, where the model has no residual branch.
         StepError: at a call of a bare model that goes on after the schedule's last step, that comes from a second
             thread before the first one's trajectory has ended, or that repeats the last one's timestep; of a pipeline
-            when its scheduler's ``set_timesteps`` is given another number of steps than the schedule has.
+            when its scheduler's ``set_timesteps`` is given a number of steps that there is no schedule for.
 
     Example:
         >>> schedule = smoothcache.Schedule.uniform(50, 2)  # every second step is computed
         >>> model = smoothcache.compile(model, schedule)
         >>> image = sample(model, seed=0)
     """
-    if not isinstance(schedule, Schedule):
-        raise TypeError(
-            f"schedule must be a smoothcache Schedule, got {type(schedule).__name__}; "
-            "make one with Schedule(...), Schedule.uniform(...) or calibration.schedule(...)"
-        )
     if calls_per_step is not None:
         calls_per_step = whole_number(calls_per_step, "calls_per_step", 1, SmoothCacheError)
     if mode is not None:
@@ -98,7 +100,6 @@ def compile(
         instance(options, "options", Mapping, "torch.compile's options, by name")
     fullgraph = flag(fullgraph, "fullgraph")
     dynamic = None if dynamic is None else flag(dynamic, "dynamic")
-    _tell_variants(schedule)
     limit = None if max_cache_bytes is None else byte_count(max_cache_bytes, "max_cache_bytes")
     settings = {
         "backend": backend,
@@ -109,25 +110,91 @@ def compile(
         "max_cache_bytes": limit,
     }
     if not is_pipeline(model_or_pipeline):
+        only = only_schedule(schedule, quality)
+        _tell_variants(only)
         check_compilable(model_or_pipeline)
-        _install(model_or_pipeline, schedule, Clock(schedule.steps, calls_per_step, schedule.timesteps), settings)
+        _install(model_or_pipeline, only, Clock(only.steps, calls_per_step, only.timesteps), settings)
         return model_or_pipeline
+    schedules = schedules_of(schedule, quality)
     if calls_per_step not in (None, 1):
         raise ValueError(f"calls_per_step is {calls_per_step}, but a pipeline's scheduler says where a step ends")
     models = denoisers(model_or_pipeline)
-    if not _join(model_or_pipeline, models, schedule, settings):
+    if not _join(model_or_pipeline, models, schedules, settings):
         for name in models:
             check_compilable(model_or_pipeline.components[name])
-        shared = SchedulerClock(schedule.steps, schedule.timesteps)
+        # Of a set the first run takes its own.
+        first = schedules if isinstance(schedules, Schedule) else EVERYTHING
+        shared = SchedulerClock(first.steps, first.timesteps)
         _inner_compiler(settings)  # raises for bad arguments before anything is replaced
         clocks = [DenoiserClock(shared) for _ in models]
         pairs = zip(models.values(), clocks, strict=True)
-        forwards = [_install(model, schedule, clock, settings) for model, clock in pairs]
+        forwards = [_install(model, first, clock, settings) for model, clock in pairs]
         for forward, clock in zip(forwards, clocks, strict=True):
             forward.peers = forwards
             forward.undo_context = follow_cache_context(forward.model, clock)
         shared.attach(model_or_pipeline)
+        _follow(forwards, shared, schedules)
     return model_or_pipeline
+
+
+def set_schedule(model_or_pipeline: Model, schedule: Schedules, *, quality: str | None = None) -> Model:
+    """Let a compiled model or pipeline follow another schedule, or other ones, from the next call on.
+
+    Captured graphs stay, and so does every variant that both schedules have in common: two schedules with one row for
+    all groups and forecasts of one order have all. Nothing that is cached is read any more, and `report` counts anew.
+    Call it between trajectories; one that is under way begins again.
+
+    Args:
+        model_or_pipeline, schedule, quality: as for `compile`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        CompiledError: it is not compiled.
+        StepError: another thread is in the midst of a pipeline's run.
+        TypeError, ScheduleError: as for `compile`; what the model does not have is found at the next call.
+
+    Example:
+        >>> model = smoothcache.compile(model, calibration.schedule(compute=0.5))
+        >>> image = sample(model, seed=0)
+        >>> model = smoothcache.set_schedule(model, calibration.schedule(compute=0.3))
+        >>> faster = sample(model, seed=0)
+    """
+    forwards = list(compiled_forwards(model_or_pipeline).values())
+    if is_pipeline(model_or_pipeline):
+        schedules = schedules_of(schedule, quality)
+        _follow(forwards, forwards[0].session.clock.shared, schedules)
+        return model_or_pipeline
+    (forward,) = forwards
+    if isinstance(forward.session.clock, DenoiserClock):
+        raise CompiledError(
+            f"{type(forward.model).__name__} was compiled as a part of a pipeline, whose scheduler gives its steps: "
+            "call smoothcache.set_schedule(pipeline, schedule)"
+        )
+    only = only_schedule(schedule, quality)
+    forward.follow(only)
+    forward.schedules = only
+    forward.session.clock = forward.session.clock.for_schedule(only.steps, only.timesteps)
+    return model_or_pipeline
+
+
+def _follow(forwards: Sequence[CompiledForward], shared: SchedulerClock, schedules: Schedule | ScheduleSet) -> None:
+    """Let a pipeline's denoisers follow a schedule from the next run on, or each run the one that a set has for it."""
+
+    def take(schedule: Schedule) -> None:
+        if any(forward.session.schedule is not schedule for forward in forwards):
+            shared.follow(schedule.steps, schedule.timesteps)
+            for forward in forwards:
+                forward.follow(schedule)
+
+    if isinstance(schedules, Schedule):
+        take(schedules)
+        shared.choose = None
+    else:
+        shared.choose = lambda scheduler: take(schedules.schedule_for(scheduler))
+    for forward in forwards:
+        forward.schedules = schedules
 
 
 def _tell_variants(schedule: Schedule) -> None:
@@ -165,7 +232,10 @@ def _inner_compiler(settings: Mapping[str, Any]) -> InnerCompiler:
 
 
 def _join(
-    pipeline: Any, models: Mapping[str, torch.nn.Module], schedule: Schedule, settings: Mapping[str, Any]
+    pipeline: Any,
+    models: Mapping[str, torch.nn.Module],
+    schedules: Schedule | ScheduleSet,
+    settings: Mapping[str, Any],
 ) -> bool:
     """Let the denoisers, if another pipeline's ``compile`` has compiled them, follow this one's scheduler too."""
     forwards = [forward_of(model) for model in models.values()]
@@ -177,7 +247,7 @@ def _join(
     shared = clocks[0].shared
     if shared.follows(pipeline):
         return False
-    if any(forward.session.schedule != schedule or forward.settings != settings for forward in forwards):
+    if any(forward.schedules != schedules or forward.settings != settings for forward in forwards):
         raise CompiledError(
             f"{', '.join(models)} of {type(pipeline).__name__} is compiled already, for another pipeline with another "
             "schedule or other options: give the same ones to share it, or call smoothcache.remove(pipeline) first"

@@ -18,11 +18,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..capture.cuda_graphs import owned
 from ..capture.dumping import write_session
 from ..capture.session import Session, breaks_of, check_selectors
+from ..capture.ways import Traced
 from ..capture.whole import hooked_modules
 from ..errors import CompiledError, NoSitesError
 from ..runtime.calls import Call, ModelCall, TimestepReader
 from ..runtime.pipelines import denoisers, is_pipeline
 from ..runtime.scheduler_clock import DenoiserClock
+from ..schedules.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +54,13 @@ class CompiledForward:
         enabled: whether calls are cached and compiled; ``disabled(model)`` clears it for a while.
         calls, uncompiled_calls: how many there were, and how many of them ran without any site of ours.
         peers: the compiled forwards that the schedule was given for: all denoisers of a pipeline.
+        schedules: what ``compile`` or ``set_schedule`` was given.
         times: what ``timed`` measured last, a ``CallTime`` a call.
         run: what an enabled call does; ``timed`` wraps it.
         settings: what ``compile`` was called with.
     """
 
-    def __init__(
-        self, place: ForwardPlace, session: Session, compiled: Callable[..., Any], settings: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, place: ForwardPlace, session: Session, compiled: Traced, settings: Mapping[str, Any]) -> None:
         functools.update_wrapper(self, place.forward, updated=())
         self.model = place.model
         self.original = place.forward
@@ -68,6 +69,7 @@ class CompiledForward:
         self.calls = 0
         self.uncompiled_calls = 0
         self.peers = [self]
+        self.schedules: Any = session.schedule
         self.settings = settings
         self.times: list[Any] = []
         self.run: Callable[[tuple[Any, ...], dict[str, Any]], Any] = self._run
@@ -80,6 +82,12 @@ class CompiledForward:
         self._told_fewer = False
         self._dump_directory = _dump_directory(type(place.model).__name__)
         self._dumped = 0
+
+    def follow(self, schedule: Schedule) -> None:
+        """Take another schedule. Each graph is laid out for it when it runs next."""
+        self._compiled.follow(schedule)
+        self.calls = self.uncompiled_calls = 0
+        self._checked_programs = self._most_sites = 0
 
     def install(self, place: ForwardPlace) -> None:
         place.put(self)

@@ -91,6 +91,9 @@ class ObservedDispatcher:
         self.recorder.record(self.recorder.current.call.binding, values)
         return outputs[:own]
 
+    def serve(self, builder: GraphBuilder, variants: dict[Hashable, Variant]) -> None:
+        self.builder, self.variants = builder, variants
+
     def close(self) -> None:
         self.variants.clear()
 

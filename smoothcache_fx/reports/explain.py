@@ -164,6 +164,9 @@ class _NotRun:
     def __call__(self, inputs: list[Any]) -> Sequence[Any]:
         raise _Captured
 
+    def serve(self, builder: Any, variants: dict[Hashable, Variant]) -> None:
+        self.variants = variants
+
     def close(self) -> None:
         pass
 

@@ -56,6 +56,17 @@ class Binding:
             self.streams[key] = stream
         return stream
 
+    def follow(self, plan: Plan) -> None:
+        """Go on by another plan, from the beginning of a trajectory. Caches stay where they are if they can."""
+        if plan.orders != self.plan.orders:
+            self.streams.clear()
+        for stream in self.streams.values():
+            stream.trajectory = -1
+        self.plan = plan
+        self._coefficients.clear()
+        for count in (self.calls, self.planned, self.forced):
+            count.clear()
+
     def decide(self, stream: Stream, trajectory: int, step: int) -> Mask:
         """The plan's mask for the step, with every site computed whose cache does not hold what the plan reads."""
         planned = self.plan.compute[step]

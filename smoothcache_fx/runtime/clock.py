@@ -77,6 +77,12 @@ class Clock:
         self._learned: tuple[float, ...] | None = None
         self._told: set[str] = set()
 
+    def for_schedule(self, steps: int, timesteps: Sequence[float] | None) -> Clock:
+        """A new clock for another schedule, whose trajectories come after this one's."""
+        other = Clock(steps, self.calls_per_step, timesteps)
+        other._ids = self._ids
+        return other
+
     def all_sequences(self) -> set[tuple[float | None, ...]]:
         """Timesteps of the trajectories so far; two of them if they differ."""
         if not self._seen or len(self._sequences) > 1:

@@ -26,6 +26,8 @@ class Dispatcher(Protocol):
 
     def __call__(self, inputs: list[Any]) -> Sequence[Any]: ...
 
+    def serve(self, builder: Any, variants: dict[Hashable, Variant]) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -77,6 +79,11 @@ class GuardedDispatcher:
             computed = mask.compute.bit_count()
             log.debug("step %d, stream %s: computed %d of %d", moment.step, moment.stream, computed, len(binding.sites))
         return outputs
+
+    def serve(self, builder: VariantBuilder, variants: dict[Hashable, Variant]) -> None:
+        """Run another builder's variants: those that were built so far, and more as they are needed."""
+        self.builder, self.variants = builder, variants
+        self._holds.clear()
 
     def close(self) -> None:
         """Forget the variants."""

@@ -7,13 +7,14 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
+from ..calibration.noise_levels import timesteps_of
 from ..errors import SmoothCacheError, StepError
 from .calls import Call, Moment
 from .clock import first_difference
-from .scheduler_run import Run, timesteps_of
+from .scheduler_run import Run
 from .scheduler_watch import unwatch, watch
 from .streams import Streams
 
@@ -36,6 +37,7 @@ class SchedulerClock:
         lengths: numbers of timesteps of the trajectories that had a model call.
         unfinished: how many of them ended early.
         following: cleared while the denoisers run uncached; another number of steps is no error then.
+        choose: called with a scheduler that has been set, before its run begins; it may `follow` another schedule.
     """
 
     def __init__(self, steps: int | None, timesteps: Sequence[float] | None = None) -> None:
@@ -48,6 +50,7 @@ class SchedulerClock:
         self.sequences: set[tuple[float, ...]] = set()
         self.unfinished = 0
         self.following = True
+        self.choose: Callable[[Any], None] | None = None
         self.pipelines: list[weakref.ref[Any]] = []
         self.denoisers: list[DenoiserClock] = []
         self.lock = threading.RLock()
@@ -103,7 +106,35 @@ class SchedulerClock:
             lane = next(lane for lane in itertools.count() if lane not in taken)
             self._runs.append(Run(scheduler, lane, self.new_trajectory(), doubtful=doubtful))
             if self.following:
+                if self.choose is not None:
+                    try:
+                        self.choose(scheduler)
+                    except BaseException:
+                        self._end(self._runs[-1])
+                        raise
                 self._check_length(scheduler)
+
+    def follow(self, steps: int, timesteps: Sequence[float] | None) -> None:
+        """Another schedule is followed from here on, by a run that has had no call yet or the next one.
+
+        Raises:
+            StepError: another thread's run has not ended, and would go on by a schedule of other steps.
+        """
+        with self.lock:
+            thread = threading.get_ident()
+            begun = [run for run in self._runs if run.called_in_trajectory and not run.ended]
+            others = [run for run in begun if run.thread != thread and _alive(run.thread)]
+            if others:
+                raise StepError(
+                    f"the schedule cannot be changed while another thread's run is at step {others[0].index} of "
+                    f"{others[0].length}: all runs that go on at the same time follow one schedule. Let it end first, "
+                    "or give each thread a pipeline with denoisers of its own"
+                )
+            for run in list(self._runs):
+                if run in begun or run.length != steps:
+                    self._end(run)
+            self.steps, self.timesteps = steps, None if timesteps is None else tuple(timesteps)
+            self.trajectories = self.steps_begun = 0
 
     def finish(self) -> None:
         """The trajectories, if any is running, are over."""
