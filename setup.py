@@ -25,6 +25,8 @@ TEST = [
     "peft",
     "pytest",
     "pytest-xdist",
+    # choose(metric="ssim").
+    "scikit-image",
     # The noise of Stable Audio's sampler.
     "torchsde",
     "transformers",

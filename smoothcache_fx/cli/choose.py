@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.measurements import FIT, GRAINS
+from ..measure.metrics import METRICS
 from .command import add_sampler, command, order
 from .models import made_by, progress
 
@@ -19,11 +20,17 @@ def add(commands: Any) -> None:
         "sample with candidate schedules and keep the best within a budget, or the cheapest that is good enough",
         "choose my_model.py:build --compute 0.4 -o schedule.json",
         "choose my_model.py:build --at-least 35 -o schedule.json",
+        "choose my_model.py:build --speedup 2 -o schedule.json",
     )
     add_sampler(choose)
     wanted = choose.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--compute", type=float, help="largest share of the branches' FLOPs to compute")
-    wanted.add_argument("--at-least", type=float, help="PSNR to the uncached samples to reach, in dB")
+    wanted.add_argument("--at-least", type=float, help="metric to reach")
+    wanted.add_argument("--speedup", type=float, help="how many times faster than uncached; steps are timed first")
+    wanted.add_argument("--seconds", type=float, help="what one sampling run may take; steps are timed first")
+    choose.add_argument(
+        "--metric", choices=METRICS, default=METRICS[0], help="of cached samples beside uncached ones (psnr, in dB)"
+    )
     choose.add_argument("-o", "--output", type=Path, required=True, help="schedule file to write")
     choose.add_argument(
         "--orders", type=order, nargs="+", default=(0, 1, 2, FIT), help="forecast orders to try, and fit (all)"
@@ -46,6 +53,9 @@ def run(options: argparse.Namespace) -> None:
             sample,
             compute=options.compute,
             at_least=options.at_least,
+            speedup=options.speedup,
+            seconds=options.seconds,
+            metric=options.metric,
             orders=options.orders,
             grains=options.grains,
             lags=options.lags,

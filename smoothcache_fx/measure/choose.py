@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,19 @@ from ..calibration.calibration import Calibration
 from ..calibration.measurements import FIT, GRAINS
 from ..calibration.optimal import require_effects
 from ..checks import function, instance, number_of, some_of, whole_number
-from ..compiled.compiler import compile, remove
+from ..compiled.compiler import compile, remove, set_schedule
 from ..errors import CalibrationError
 from ..graphs.tables import Printable, format_table
-from ..reports.compare import Metric, as_vector, psnr
+from ..reports.compare import Comparison, Metric, as_vector, compare
 from ..schedules.schedule import HIGHEST_ORDER, Schedule
 from .calibrate import calibrate
 from .candidates import Candidate, affordable_steps, candidates_for
+from .expectation import Expectation, expectation
+from .metrics import metric_of
+from .pace import MET, TimeBudget, degree
 from .sensitivity import measure_sensitivity
+
+log = logging.getLogger(__name__)
 
 #: Schedules of one budget that are tried before a larger budget is, where a quality is asked for.
 TRIED = 3
@@ -35,6 +41,7 @@ class Trial:
         predicted: `Calibration.predicted_error`.
         metric: what was measured.
         grain: ``branch`` or ``stack``.
+        expected: what the samples say of others.
     """
 
     rows: str
@@ -42,6 +49,7 @@ class Trial:
     predicted: float
     metric: float
     grain: str
+    expected: Expectation | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,9 @@ class Choice(Printable):
         trials: all that were sampled with, in that order.
         trajectories: calls of ``sample``, the calibration's among them.
         calibration: of the chosen grain, with sensitivities; for schedules of other budgets.
+        expected: what to expect of other samples; None where everything is computed.
+        seconds, speedup: of a run of ``sample``, and over the uncached run by the same compiler, if a time was asked
+            for.
     """
 
     schedule: Schedule
@@ -61,6 +72,9 @@ class Choice(Printable):
     trials: tuple[Trial, ...]
     trajectories: int
     calibration: Calibration
+    expected: Expectation | None = None
+    seconds: float | None = None
+    speedup: float | None = None
 
     def __str__(self) -> str:
         table = [("grain", "rows", "order", "compute", "predicted error", "metric", "")]
@@ -71,7 +85,12 @@ class Choice(Printable):
             order = FIT if schedule.coefficients else str(schedule.order)
             table.append((trial.grain, trial.rows, order, *figures, chosen))
         end = "" if any(trial.schedule is self.schedule for trial in self.trials) else "\nchosen: compute everything"
-        return f"{format_table(table)}{end}\n({self.trajectories} runs of sample)"
+        lines = [f"{format_table(table)}{end}"]
+        if self.expected is not None:
+            lines.append(f"expected: {self.expected}")
+        if self.seconds is not None:
+            lines.append(f"a run takes {self.seconds:.3g} s, {self.speedup:.2f} times faster than an uncached one")
+        return "\n".join([*lines, f"({self.trajectories} runs of sample)"])
 
 
 def choose(
@@ -80,7 +99,9 @@ def choose(
     *,
     compute: float | None = None,
     at_least: float | None = None,
-    metric: Metric | None = None,
+    speedup: float | None = None,
+    seconds: float | None = None,
+    metric: Metric | str | None = None,
     orders: Sequence[int | str] = (0, 1, 2, FIT),
     grains: Sequence[str] = ("branch",),
     lags: int = 5,
@@ -89,7 +110,7 @@ def choose(
     calibration: Calibration | None = None,
     steps: int | None = None,
     calls_per_step: int | None = None,
-    backend: str = "eager",
+    backend: str | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Choice:
@@ -106,8 +127,12 @@ def choose(
             The more samples, the better what is chosen holds for others.
         compute: the largest share of the branches' FLOPs to compute, in (0, 1].
         at_least: in place of compute: what the metric must reach. The least share that does is searched by bisection.
-        metric: a function of what ``sample`` returned uncached and cached, the higher the better; by default the PSNR
-            in dB.
+        speedup: in place of compute: how many times faster a run of ``sample`` must be than an uncached one by the same
+            compiler. What steps take is measured first, by runs that ``trajectories`` does not count; what is chosen is
+            timed, and computes fewer steps where it has missed by more than 3%.
+        seconds: in place of compute: what a run of ``sample`` may take, likewise.
+        metric: a function of what ``sample`` returned uncached and cached, the higher the better; or the name of one:
+            ``psnr`` (the default, in dB), ``ssim`` (needs scikit-image), ``lpips`` (1 less its distance; needs lpips).
         orders: of the forecasts that are tried: 0 to 2, and ``"fit"``, with the coefficients of `Calibration.fit`.
         grains: what schedules that are tried cache as one: ``branch``, ``stack`` (the longest runs of blocks), or both.
             Each grain is calibrated by itself.
@@ -118,26 +143,35 @@ def choose(
             another budget; ``sample`` is run uncached once all the same, to compare with. ``grains``, ``lags`` and
             ``probes`` then have no effect.
         steps: of a trajectory, if they cannot be seen from the timesteps.
-        calls_per_step, backend, options: as for ``compile``. The default backend compiles nothing.
+        calls_per_step, backend, options: as for ``compile``. The default backend compiles nothing, but for times, where
+            it is ``inductor``.
         progress: show progress bars (needs tqdm).
 
     Raises:
-        CalibrationError: if not exactly one of compute and at_least is given, one argument is out of range,
-            ``trajectories`` leaves none to try a schedule, no schedule meets the budget, or ``calibration``
+        CalibrationError: if not exactly one of compute, at_least, speedup and seconds is given, one argument is out of
+            range, ``trajectories`` leaves none to try a schedule, no schedule meets the budget, or ``calibration``
             was not made with as high an order.
+        ImportError: if the metric's package is not installed.
 
     Example:
         >>> choice = smoothcache.choose(model, sample, compute=0.4, steps=50)
         >>> print(choice)  # every schedule that was tried
         >>> model = smoothcache.compile(model, choice.schedule)
     """
-    if (compute is None) == (at_least is None):
-        raise CalibrationError(f"compute is {compute} and at_least is {at_least}; give exactly one of them")
-    name, given = ("compute", compute) if at_least is None else ("at_least", at_least)
-    wanted = number_of(given, name, "a number", CalibrationError)
+    asked = {"compute": compute, "at_least": at_least, "speedup": speedup, "seconds": seconds}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if len(given) != 1:
+        told = ", ".join(f"{name} is {value}" for name, value in asked.items())
+        raise CalibrationError(f"{told}; give exactly one of them")
+    ((name, value),) = given.items()
+    wanted = number_of(value, name, "a number", CalibrationError)
+    if name in ("speedup", "seconds"):
+        least = 1 if name == "speedup" else 0
+        number_of(value, name, f"a number above {least}", CalibrationError, lambda number: number > least)
     function(sample, "sample", "the model or pipeline that runs it")
-    if metric is not None:
-        function(metric, "metric", "the uncached and the cached samples")
+    measure = metric_of(metric)
+    if backend is None:
+        backend = "inductor" if name in ("speedup", "seconds") else "eager"
     orders = some_of(orders, "orders", (*range(HIGHEST_ORDER + 1), FIT), CalibrationError)
     if not orders:
         raise CalibrationError("orders is empty, expected some of 0, 1, 2 and 'fit'")
@@ -175,19 +209,51 @@ def choose(
         require_effects(calibration, max((order for order in orders if order != FIT), default=1))
         calibrations, reference = [calibration], sample(model_or_pipeline)
 
-    def run(schedule: Schedule) -> Any:
-        compile(model_or_pipeline, schedule, backend=backend, calls_per_step=calls_per_step, **options)
-        try:
-            return sample(model_or_pipeline)
-        finally:
-            remove(model_or_pipeline)
+    if metric is None:
+        as_vector(reference)  # raises where there is nothing that PSNR could be of
+    compiled = False
+    best: Trial | None
 
-    trials = Trials(run, reference, metric, most=trajectories - before)
-    best = trials.best(calibrations, orders, wanted) if at_least is None else trials.least(calibrations, orders, wanted)
+    def run(schedule: Schedule) -> Any:
+        nonlocal compiled
+        if compiled:
+            set_schedule(model_or_pipeline, schedule)
+        else:
+            compile(model_or_pipeline, schedule, backend=backend, calls_per_step=calls_per_step, **options)
+            compiled = True
+        return sample(model_or_pipeline)
+
+    trials = Trials(run, reference, measure, most=trajectories - before)
+    took: tuple[float, float] | tuple[None, None] = None, None
+    try:
+        if name == "at_least":
+            best = trials.least(calibrations, orders, wanted)
+        elif name == "compute":
+            candidates = [
+                candidate
+                for calibration in calibrations
+                for candidate in candidates_for(calibration, affordable_steps(calibration, wanted), orders)
+            ]
+            best = trials.best(candidates, trials.left)
+        else:
+
+            def timing(schedules: Mapping[str, Schedule]) -> Comparison:
+                nonlocal compiled
+                if compiled:
+                    remove(model_or_pipeline)
+                    compiled = False
+                settings = {"backend": backend, "calls_per_step": calls_per_step, **options}
+                return compare(model_or_pipeline, schedules, sample, **settings)
+
+            best, took = trials.in_time(TimeBudget(seconds, speedup, timing), calibrations, orders)
+    finally:
+        if compiled:
+            remove(model_or_pipeline)
     schedule = Schedule.uniform(calibrations[0].steps, 1) if best is None else best.schedule
-    value = math.inf if best is None else best.metric
+    reached = math.inf if best is None else best.metric
     chosen = next((one for one in calibrations if best is not None and one.grain == best.grain), calibrations[0])
-    return Choice(schedule, value, tuple(trials.made), before + len(trials.made), chosen)
+    expected = None if best is None else best.expected
+    return Choice(schedule, reached, tuple(trials.made), before + len(trials.made), chosen, expected, *took)
 
 
 def _calibrated(
@@ -221,15 +287,10 @@ class Trials:
         made: so far, in order.
     """
 
-    def __init__(self, run: Callable[[Schedule], Any], reference: Any, metric: Metric | None, most: int) -> None:
-        """Raises ``CalibrationError`` where no PSNR to ``reference`` can be measured, and no metric is given."""
+    def __init__(self, run: Callable[[Schedule], Any], reference: Any, metric: Metric, most: int) -> None:
         self.made: list[Trial] = []
         self._run, self._most = run, most
-        if metric is None:
-            uncached = as_vector(reference)
-            self._measure = lambda value: psnr(uncached, as_vector(value))
-        else:
-            self._measure = lambda value: metric(reference, value)
+        self._reference, self._metric = reference, metric
 
     @property
     def left(self) -> int:
@@ -238,19 +299,45 @@ class Trials:
     def of(self, candidates: Iterable[Candidate], most: int) -> Iterator[Trial]:
         """Trials of at most ``most`` candidates, one after the other, while there are runs left."""
         for candidate in itertools.islice(candidates, min(most, self.left)):
-            value = float(self._measure(self._run(candidate.schedule)))
-            self.made.append(Trial(candidate.rows, candidate.schedule, candidate.predicted, value, candidate.grain))
+            samples = self._run(candidate.schedule)
+            value = float(self._metric(self._reference, samples))
+            rows, schedule, predicted, grain = candidate
+            expected = expectation(self._reference, samples)
+            self.made.append(Trial(rows, schedule, predicted, value, grain, expected))
             yield self.made[-1]
 
-    def best(self, calibrations: Sequence[Calibration], orders: Sequence[int | str], compute: float) -> Trial:
-        """The best of all candidates for a budget."""
-        candidates = [
-            candidate
-            for calibration in calibrations
-            for candidate in candidates_for(calibration, affordable_steps(calibration, compute), orders)
-        ]
-        candidates.sort(key=lambda candidate: candidate.predicted)
-        return max(self.of(candidates, self._most), key=lambda trial: trial.metric)
+    def best(self, candidates: Iterable[Candidate], most: int) -> Trial:
+        """The best of those candidates of a budget that are predicted to be: of ``most``, or as many as there are."""
+        by_prediction = sorted(candidates, key=lambda candidate: candidate.predicted)
+        return max(self.of(by_prediction, most), key=lambda trial: trial.metric)
+
+    def in_time(
+        self, budget: TimeBudget, calibrations: Sequence[Calibration], orders: Sequence[int | str]
+    ) -> tuple[Trial | None, tuple[float, float] | tuple[None, None]]:
+        """The best of those that are predicted to be fast enough, and its own seconds and speed-up.
+
+        Where they are measured to miss the budget, the best of those that compute fewer steps, as long as there are
+        runs left.
+        """
+        counts = budget.steps(calibrations, orders)
+        while True:
+            candidates = [
+                candidate
+                for one in calibrations
+                for order in orders
+                if (count := counts.get((one.grain, degree(one, order)), 0)) > 0
+                for candidate in candidates_for(one, count, [order])
+            ]
+            best = self.best(candidates, max(1, self.left // 2))  # the rest for what computes fewer steps
+            took = budget.measured(best.schedule)
+            missed = budget.missed_by(*took)
+            if missed <= MET:
+                return best, took
+            if not self.left:
+                log.warning("what was chosen takes %.0f%% longer than asked for: allow more trajectories", 100 * missed)
+                return best, took
+            fewer = max(1, round(missed * sum(next(iter(best.schedule.compute.values())))))
+            counts = {kind: max(1, count - fewer) for kind, count in counts.items()}
 
     def least(self, calibrations: Sequence[Calibration], orders: Sequence[int | str], at_least: float) -> Trial | None:
         """The one that computes the fewest steps of those that are good enough, by bisection; None for all steps."""
