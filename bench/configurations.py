@@ -121,6 +121,10 @@ class Configurations:
                 # The paper's package repeats branches; it has nothing to compare others with.
                 reference = None if order or grain == "stack" else references.get(name)
                 self.add_ours(label, mode, schedule_of(self.rows[name], order, grain), reference)
+        label = "smoothcache alpha 0.18 stacks, modules not guarded"
+        if self.wanted(label) and DEFAULT in self.modes:
+            options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+            self.add_ours(label, DEFAULT, schedule_of(self.row, 0, "stack"), None, options)
         for name in PEERS:
             if self.wanted(name):
                 self.add_peer(name)
@@ -128,8 +132,8 @@ class Configurations:
     def compiled(self, model: nn.Module, mode: str) -> Any:
         return compiled(model.forward, self.arguments.backend, None if mode == DEFAULT else mode)
 
-    def ours(self, schedule: Schedule, mode: str) -> Peer:
-        return ours(twin(self.model), schedule, self.arguments.backend, None if mode == DEFAULT else mode)
+    def ours(self, schedule: Schedule, mode: str, options: dict[str, Any] | None = None) -> Peer:
+        return ours(twin(self.model), schedule, self.arguments.backend, None if mode == DEFAULT else mode, options)
 
     def references(self) -> dict[str, Tensor]:
         """What the paper's package predicts with each schedule; empty where it is not installed."""
@@ -168,9 +172,16 @@ class Configurations:
         what = "smoothcache with everything computed, and torch.compile"
         self.checks["identity_to_compile"] = require_same(what, outputs, plain, self.limit)
 
-    def add_ours(self, name: str, mode: str, schedule: Schedule, reference: Tensor | None) -> None:
+    def add_ours(
+        self,
+        name: str,
+        mode: str,
+        schedule: Schedule,
+        reference: Tensor | None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
         row = next(iter(schedule.compute.values()))
-        entry = self.add(name, OURS, mode, lambda: self.ours(schedule, mode))
+        entry = self.add(name, OURS, mode, lambda: self.ours(schedule, mode, options))
         entry.cached = [not computed for computed in row]
         entry.peer.setting = f"{sum(row)} of {len(row)} steps"
         if reference is not None:

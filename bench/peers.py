@@ -62,8 +62,14 @@ def compiled(forward: Callable[..., Any], backend: str, mode: str | None) -> Cal
     return torch.compile(own, **options)
 
 
-def ours(model: nn.Module, schedule: smoothcache.Schedule, backend: str, mode: str | None) -> Peer:
-    smoothcache.compile(model, schedule, backend=backend, mode=mode)
+def ours(
+    model: nn.Module,
+    schedule: smoothcache.Schedule,
+    backend: str,
+    mode: str | None,
+    options: dict[str, Any] | None = None,
+) -> Peer:
+    smoothcache.compile(model, schedule, backend=backend, mode=mode, options=options)
 
     @contextlib.contextmanager
     def fresh() -> Iterator[None]:
