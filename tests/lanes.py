@@ -40,6 +40,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_one_op_for_each_run_and_no_other_residual_add[StableAudioDiTModel]",
         "test_one_op_for_each_run_and_no_other_residual_add[diffusers_pixart]",
     ),
+    "pipelines/test_schedule_sets.py": ("test_each_run_takes_the_schedule_for_its_steps[wan_2_2]",),
     "pipelines/test_runs.py": (
         "test_computing_everything_is_the_plain_pipeline",
         "test_a_run_is_the_oracles[sd3]",
@@ -57,6 +58,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_bench.py": (
         "test_the_frontier_of_quality",
+        "test_transfers_beside_calibrations_made_there",
         "test_the_default_plan_beside_every_nth_step",
         "test_the_papers_models",
         "test_narrowing_of_the_published_dit",
@@ -72,6 +74,8 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_each_of_our_schedules_is_compared",
     ),
     "test_choice.py": (
+        "test_a_real_clock",
+        "test_what_misses_its_time_computes_fewer_steps",
         "test_everything_is_computed_where_nothing_else_is_good_enough",
         "test_the_cheapest_that_is_good_enough",
         "test_rows_of_taylorseer_are_tried",
@@ -157,6 +161,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_the_trajectory_is_the_oracles[diffusers_sd3-2]",
         "test_the_trajectory_is_the_oracles[diffusers_flux-0]",
     ),
+    "test_set_schedule.py": ("test_a_capture_with_breaks_is_made_anew_for_stacks",),
     "test_stacks.py": (
         "test_memory_stays_flat_over_trajectories_of_changing_sizes",
         "test_choose_tries_both_grains",
@@ -170,6 +175,13 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_all_compute_is_the_plain_model_bit_for_bit",
         "test_every_branch_is_a_site_and_nothing_else",
         "test_the_trajectory_is_the_oracles",
+    ),
+    "test_transfer.py": (
+        "test_schedules_of_a_transfer_are_as_good_as_those_of_a_calibration_made_there[0-100]",
+        "test_schedules_of_a_transfer_are_as_good_as_those_of_a_calibration_made_there[1-100]",
+        "test_schedules_of_a_transfer_are_as_good_as_those_of_a_calibration_made_there[2-100]",
+        "test_schedules_of_a_transfer_are_as_good_as_those_of_a_calibration_made_there[fit-100]",
+        "test_qualities_are_met_and_ordered",
     ),
     "test_trajectories.py": (
         "test_trajectories_equal_the_oracles_under_compilers",
@@ -233,6 +245,7 @@ NOT_QUICK = frozenset(
         "passes/test_store_products.py",
         "pipelines/test_features.py",
         "pipelines/test_runs.py",
+        "pipelines/test_schedule_sets.py",
         "pipelines/test_schedulers.py",
         "test_backend.py",
         "test_bench_end_to_end.py",
@@ -254,9 +267,11 @@ NOT_QUICK = frozenset(
         "test_properties.py",
         "test_recording.py",
         "test_max_cache_bytes.py",
+        "test_set_schedule.py",
         "test_stack_trajectories.py",
         "test_stacks.py",
         "test_trajectories.py",
+        "test_transfer.py",
         "test_whole.py",
         "test_zoo.py",
     )

@@ -105,6 +105,24 @@ def test_the_default_plan_beside_every_nth_step(monkeypatch, capsys):
     assert len(behind) == 2 and max(map(float, behind)) < 1.0
 
 
+def test_transfers_beside_calibrations_made_there(monkeypatch, capsys, tmp_path):
+    model = load_model("cpu")
+    model.blocks = model.blocks[:1]
+    monkeypatch.syspath_prepend(str(BENCH))
+    module = importlib.import_module("transfer")
+    monkeypatch.setattr(module, "TARGETS", (("ddim", 30, 1.5), ("dpm", 30, 3.0)))
+    monkeypatch.setattr(module, "load_model", lambda: model)
+    monkeypatch.setattr(importlib.import_module("common"), "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["transfer.py", "--samples", "2", "--folder", str(tmp_path), "--write"])
+    module.main()
+    written = json.loads((tmp_path / "transfer.json").read_text())
+    assert [(run["sampler"], run["guidance"], run["order"]) for run in written["runs"]] == [
+        (name, guidance, order) for name, guidance in (("ddim", 1.5), ("dpm", 3.0)) for order in (None, "fit")
+    ]
+    assert all(run[kind] > 20 for run in written["runs"] for kind in ("fresh", "transferred"))
+    assert "lost in the median over 2 transfers" in capsys.readouterr().out
+
+
 def test_what_is_used_of_torch_cuda_exists():
     """Most of it runs on a GPU alone: a misspelt name would be found there."""
     for folder in ("bench", "smoothcache_fx", "passes", "kernels", "tests"):

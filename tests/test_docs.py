@@ -91,3 +91,12 @@ def test_the_table_of_grains_is_what_the_bench_wrote():
         near = [run for run in runs if (run["sampler"], run["computed"]) == (sampler, computed)]
         cells = " | ".join(f"{statistics.median(run['psnr']):.1f}" for run in near)
         assert any(line.startswith("| ") and line.endswith(f", {computed} | {cells} |") for line in lines), cells
+
+
+def test_the_table_of_transfers_is_what_the_bench_wrote():
+    runs = json.loads((DOCS.parent / "bench/results/transfer.json").read_text(encoding="utf-8"))["runs"]
+    lines = text_of(DOCS / "choosing-a-schedule.md").splitlines()
+    for sampler, steps, guidance in {(run["sampler"], run["steps"], run["guidance"]): None for run in runs}:
+        near = [run for run in runs if (run["sampler"], run["steps"], run["guidance"]) == (sampler, steps, guidance)]
+        cells = " | ".join(f"{run[kind]:.1f}" for run in near for kind in ("fresh", "transferred"))
+        assert any(line.endswith(f"| {steps} | {guidance} | {cells} |") for line in lines), cells
