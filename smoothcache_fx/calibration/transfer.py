@@ -133,20 +133,20 @@ def positions(calibrated: Sequence[float], wanted: Sequence[float]) -> Array:
             "steps can be found among them; calibrate with the sampler that is to be used"
         )
     spacing = (levels[-1] - levels[0]) / (len(levels) - 1)
-    wanted = np.asarray(wanted, np.float64)
-    if len(wanted) > 1 and np.ptp(np.clip(wanted, levels[0], levels[-1])) < 0.5 * spacing:
+    new = np.asarray(wanted, np.float64)
+    if len(new) > 1 and np.ptp(np.clip(new, levels[0], levels[-1])) < 0.5 * spacing:
         raise CalibrationError(
-            f"the new steps, from {wanted[0]:g} to {wanted[-1]:g}, have no noise levels in common with the calibrated "
+            f"the new steps, from {new[0]:g} to {new[-1]:g}, have no noise levels in common with the calibrated "
             f"ones, from {calibrated[0]:g} to {calibrated[-1]:g}: both must be of one model, in the same unit"
         )
-    outside = max(levels[0] - min(wanted), max(wanted) - levels[-1]) / spacing
+    outside = max(levels[0] - new.min(), new.max() - levels[-1]) / spacing
     if outside > BEYOND:
         log.warning(
             "the new steps reach %.1f steps beyond the noise levels that were calibrated; there the nearest calibrated "
             "step stands in for them",
             outside,
         )
-    at = _interpolated(wanted, levels, steps.astype(np.float64))
+    at = _interpolated(new, levels, steps.astype(np.float64))
     if (np.diff(at) < -ROUNDING).any():
         raise CalibrationError(
             f"the new steps go back along the trajectory, which runs from {calibrated[0]:g} to {calibrated[-1]:g}: "
@@ -164,7 +164,7 @@ def _interpolated(wanted: Array, levels: Array, steps: Array) -> Array:
 
 def even_positions(calibrated: int, wanted: int) -> Array:
     """Those of another number of steps that are spaced as the calibrated ones are, from the same first one."""
-    return np.arange(wanted) * (calibrated / wanted)
+    return np.arange(wanted, dtype=np.float64) * (calibrated / wanted)
 
 
 def lags_for(at: Array, lags: int) -> int:

@@ -162,12 +162,13 @@ def set_schedule(model_or_pipeline: Model, schedule: Schedules, *, quality: str 
         >>> faster = sample(model, seed=0)
     """
     forwards = list(compiled_forwards(model_or_pipeline).values())
+    forward, clock = forwards[0], forwards[0].session.clock
     if is_pipeline(model_or_pipeline):
         schedules = schedules_of(schedule, quality)
-        _follow(forwards, forwards[0].session.clock.shared, schedules)
+        assert isinstance(clock, DenoiserClock)
+        _follow(forwards, clock.shared, schedules)
         return model_or_pipeline
-    (forward,) = forwards
-    if isinstance(forward.session.clock, DenoiserClock):
+    if not isinstance(clock, Clock):
         raise CompiledError(
             f"{type(forward.model).__name__} was compiled as a part of a pipeline, whose scheduler gives its steps: "
             "call smoothcache.set_schedule(pipeline, schedule)"
@@ -175,7 +176,7 @@ def set_schedule(model_or_pipeline: Model, schedule: Schedules, *, quality: str 
     only = only_schedule(schedule, quality)
     forward.follow(only)
     forward.schedules = only
-    forward.session.clock = forward.session.clock.for_schedule(only.steps, only.timesteps)
+    forward.session.clock = clock.for_schedule(only.steps, only.timesteps)
     return model_or_pipeline
 
 

@@ -71,7 +71,7 @@ class ScheduleSet:
         same = self.calibration is other.calibration and self.quality == other.quality
         return same and dict(self.given) == dict(other.given)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 def only_schedule(schedules: Any, quality: str | None) -> Schedule:

@@ -256,6 +256,14 @@ def choose(
     return Choice(schedule, reached, tuple(trials.made), before + len(trials.made), chosen, expected, *took)
 
 
+def _if_any(calibration: Calibration, count: int, order: int | str) -> list[Candidate]:
+    """The candidates of one order that compute so many steps; none where there are too few of them."""
+    try:
+        return candidates_for(calibration, count, [order]) if count else []
+    except CalibrationError:
+        return []
+
+
 def _calibrated(
     model_or_pipeline: Any,
     sample: Callable[[Any], Any],
@@ -325,9 +333,12 @@ class Trials:
                 candidate
                 for one in calibrations
                 for order in orders
-                if (count := counts.get((one.grain, degree(one, order)), 0)) > 0
-                for candidate in candidates_for(one, count, [order])
+                for candidate in _if_any(one, counts.get((one.grain, degree(one, order)), 0), order)
             ]
+            if not candidates:
+                raise CalibrationError(
+                    "so few steps can be computed in this time that no forecast can be made: allow more, or order 0"
+                )
             best = self.best(candidates, max(1, self.left // 2))  # the rest for what computes fewer steps
             took = budget.measured(best.schedule)
             missed = budget.missed_by(*took)
