@@ -147,7 +147,7 @@ def draw(results: dict[str, dict[str, Any]], name: str, frechet: bool = False) -
 
 
 def draw_grains(results: dict[str, dict[str, Any]], name: str) -> None:
-    """PSNR to the uncached sample of branches and of stacks: a panel for each sampler, and Euler's over wall time."""
+    """PSNR to the uncached sample of branches and of stacks: by sampler; over wall time too if it was measured."""
     measured = {
         sampler: [row for row in result["rows"] if row["method"] in GRAIN_STYLES]
         for sampler, result in results.items()
@@ -155,14 +155,16 @@ def draw_grains(results: dict[str, dict[str, Any]], name: str) -> None:
     }
     panels = [("compute", sampler) for sampler in measured]
     panels += [
-        ("share_of_time", sampler) for sampler, rows in measured.items() if any("seconds" in row for row in rows)
+        ("share_of_time", sampler)
+        for sampler, rows in measured.items()
+        if any("seconds" in row and row["method"].startswith("stacks, ") for row in rows)
     ]
     if not panels:
         return
-    figure = new_figure(3.9 * len(panels), 4.1)
+    figure = new_figure(4.4 * len(panels), 4.1)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (x, sampler) in zip(axes, panels, strict=True):
-        title = f"{SAMPLERS[sampler].title}, mean PSNR to the uncached sample (dB)"
+        title = f"{SAMPLERS[sampler].title}: mean PSNR to the uncached, dB"
         _panel(axis, measured[sampler], x, "mean_psnr", title, styles=GRAIN_STYLES)
         if x == "share_of_time":
             device = results[sampler]["machine"]["device"]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +12,9 @@ from numpy.typing import NDArray
 
 from ..checks import flag, instance, numbers_of, one_of, whole_number
 from ..errors import CalibrationError
-from ..schedules.files import check_header, read_object
 from ..schedules.schedule import Schedule
 from .effects import Effects
+from .file import OPTIONAL, fields_of, read, write
 from .fitted import fitted
 from .greedy import alpha_for
 from .html import calibration_html
@@ -29,11 +27,6 @@ from .table import aligned, table_of
 from .transfer import steps_of, transferred
 
 __all__ = ["Calibration", "SiteErrors"]
-
-FORMAT = "smoothcache_fx.calibration"
-VERSION = 2
-#: Fields that a file has only where they are not the default.
-OPTIONAL = ("timesteps", "noise_levels", "grain", "interpolated")
 
 
 @dataclass(eq=False)
@@ -355,25 +348,7 @@ class Calibration:
         Raises:
             CalibrationError: if the metadata holds what JSON cannot.
         """
-        try:
-            metadata = json.dumps(self.metadata, allow_nan=False)
-        except (TypeError, ValueError) as reason:
-            raise CalibrationError(f"metadata holds what JSON cannot: {reason}; keep plain values in it") from reason
-        lines = [
-            f'  "format": {json.dumps(FORMAT)}',
-            f'  "version": {VERSION}',
-            f'  "steps": {self.steps}',
-            f'  "lags": {self.lags}',
-            f'  "history_bytes": {self.history_bytes}',
-            f'  "metadata": {metadata}',
-            f'  "effects": {json.dumps(None if self.effects is None else self.effects.to_json())}',
-            f'  "sensitivity": {json.dumps({key: values.tolist() for key, values in self.sensitivity.items()})}',
-            '  "sites": [\n' + ",\n".join(f"    {json.dumps(site.to_json())}" for site in self.sites) + "\n  ]",
-        ]
-        for name in OPTIONAL:
-            if (value := getattr(self, name)) not in (None, False, GRAINS[0]):
-                lines.insert(-1, f'  "{name}": {json.dumps(value)}')
-        Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        write(self, path)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Calibration:
@@ -383,25 +358,9 @@ class Calibration:
             CalibrationError: if the file is missing, is not JSON, is of another format or a newer version, or
                 does not hold a calibration.
         """
-        data = read_object(path, CalibrationError, "calibration")
-        keys: tuple[str, ...] = ("steps", "lags", "sites", "history_bytes", "metadata", "effects", "sensitivity")
-        if data.get("format") == FORMAT and data.get("version") == 1:
-            data = {"effects": None, "sensitivity": {}, **data}
-        keys += tuple(key for key in OPTIONAL if key in data)
-        check_header(data, path, format=FORMAT, version=VERSION, keys=keys, error=CalibrationError)
+        content = read(path)
         try:
-            if not isinstance(data["sites"], list):
-                raise CalibrationError(f"sites is a {type(data['sites']).__name__}, expected a list")
-            return cls(
-                steps=data["steps"],
-                lags=data["lags"],
-                sites=[SiteErrors.from_json(site) for site in data["sites"]],
-                history_bytes=data["history_bytes"],
-                metadata=data["metadata"],
-                effects=None if data["effects"] is None else Effects.from_json(data["effects"]),
-                sensitivity=data["sensitivity"],
-                **{key: data[key] for key in OPTIONAL if key in data},
-            )
+            return cls(**fields_of(content))
         except CalibrationError as reason:
             raise CalibrationError(f"{str(path)!r} holds no valid calibration: {reason}") from reason
 

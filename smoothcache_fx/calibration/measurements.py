@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ class Measurements(Protocol):
     steps: int
     lags: int
     sites: list[SiteErrors]
+    history_bytes: int
+    metadata: dict[str, Any]
+    grain: str
     effects: Effects | None
     sensitivity: dict[str, NDArray[np.float64]]
     timesteps: Sequence[float] | None

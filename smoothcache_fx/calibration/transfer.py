@@ -100,7 +100,8 @@ def transferred(measured: Measurements, wanted: Steps) -> dict[str, Any]:
     effects = measured.effects
     if effects is not None:
         farthest = reach(lags, _order_of(effects.reach, measured.lags))
-        effects = Effects(_sketch_at(effects, at, farthest), effects.weight)
+        sketch = resampled(effects.sketch.astype(np.float64), at, farthest)
+        effects = Effects(sketch.astype(np.float32), effects.weight)
     sensitivity = {key: sensitivity_at(values, at) for key, values in measured.sensitivity.items()}
     uneven = np.ptp(np.gradient(at)) > ROUNDING if len(at) > 1 else False
     if ALL not in sensitivity and uneven:
@@ -258,10 +259,6 @@ def _fewest(count: NDArray[np.int64]) -> int:
 def _order_of(farthest: int, lags: int) -> int:
     """The highest order whose forecasts were measured."""
     return next(order for order in (2, 1, 0) if not order or reach(lags, order) <= farthest)
-
-
-def _sketch_at(effects: Effects, at: Array, farthest: int) -> NDArray[np.float32]:
-    return resampled(effects.sketch.astype(np.float64), at, farthest).astype(np.float32)
 
 
 def sensitivity_at(sensitivity: Array, at: Array) -> Array:

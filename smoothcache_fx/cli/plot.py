@@ -30,7 +30,8 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..calibration.calibration import FORMAT, Calibration
+    from ..calibration.calibration import Calibration
+    from ..calibration.file import FORMAT
     from ..plots import plot_errors, plot_schedules, plot_site_errors
     from ..schedules.schedule import Schedule
 

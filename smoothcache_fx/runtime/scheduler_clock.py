@@ -104,18 +104,14 @@ class SchedulerClock:
             doubtful = any(run.thread == thread for run in self._runs)
             taken = {run.lane for run in self._runs if run.thread != thread}
             lane = next(lane for lane in itertools.count() if lane not in taken)
+            if self.following and self.choose is not None:
+                self.choose(scheduler)
             self._runs.append(Run(scheduler, lane, self.new_trajectory(), doubtful=doubtful))
             if self.following:
-                if self.choose is not None:
-                    try:
-                        self.choose(scheduler)
-                    except BaseException:
-                        self._end(self._runs[-1])
-                        raise
                 self._check_length(scheduler)
 
     def follow(self, steps: int, timesteps: Sequence[float] | None) -> None:
-        """Another schedule is followed from here on, by a run that has had no call yet or the next one.
+        """Another schedule is followed from the next run on. Runs that have begun, or have another length, end.
 
         Raises:
             StepError: another thread's run has not ended, and would go on by a schedule of other steps.
