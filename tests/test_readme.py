@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import smoothcache_fx as smoothcache
-from helpers.capture import Stack
+from helpers.capture import Denoiser
 from helpers.cases import randomize
 from smoothcache_fx.cli.main import main
 
@@ -45,10 +45,10 @@ QUICKER = re.compile(r'backend="inductor"|mode="reduce-overhead"')
 #: What a reader would have in the file that the commands name.
 MY_MODEL = """
 import torch
-from helpers.capture import Stack, inputs
+from helpers.capture import Denoiser, inputs
 from helpers.cases import randomize
 
-model = randomize(Stack(), 0).eval()
+model = randomize(Denoiser(), 0).eval()
 
 def build():
     return model, inputs()
@@ -82,7 +82,7 @@ def test_the_code_runs(page, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_model.py").write_text(MY_MODEL)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_model", raising=False)
-    model = randomize(Stack(), 0).eval()
+    model = randomize(Denoiser(), 0).eval()
 
     @torch.no_grad()
     def sample(model, seed):

@@ -90,6 +90,13 @@ class Stack(nn.Module):
         return x
 
 
+class Denoiser(Stack):
+    """A stack with the arguments of a user's model: steps can be told by their timesteps."""
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x, timestep if label is None else timestep + label)
+
+
 class Long(nn.Module):
     """Four blocks, and something between the second and the third."""
 
