@@ -152,6 +152,7 @@ class Calibration:
         max_variants: int | None = None,
         times: Sequence[float] | None = None,
         keep_last: bool | None = None,
+        target: str = "uncached",
         steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         scheduler: Any = None,
@@ -186,6 +187,10 @@ class Calibration:
                 one. By default as many as the rows make.
             times: a position for each step, in which forecasts are polynomials (see `Schedule`).
             keep_last: compute the last step too, as the paper's code does: the default of ``greedy``.
+            target: what samples shall be near: ``uncached``, those of the same steps, or ``converged``, those of many
+                more. For the latter forecasts aim at the middle of their step (``lead`` of `Schedule`), which suits
+                samplers of first order, such as Euler's and DDIM; predicted errors are then to what they aim at.
+                ``choose(target=)`` measures what suits yours.
             steps, timesteps, scheduler: for other steps than the calibrated ones, as for `transfer`.
 
         Returns:
@@ -212,6 +217,7 @@ class Calibration:
             max_variants=max_variants,
             times=times,
             keep_last=keep_last,
+            target=target,
         )
         return request.schedule()
 

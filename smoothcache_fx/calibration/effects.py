@@ -85,3 +85,15 @@ class Effects:
             if isinstance(reason, CalibrationError):
                 raise
             raise CalibrationError(f"effects cannot be read: {reason}") from reason
+
+
+def aims(effects: Effects, lead: float) -> NDArray[np.float64]:
+    """The effect that a forecast aims at which is to be of ``lead`` steps later: float64 [steps, dimensions].
+
+    What changes from a step to the next is read backwards one step later; after the last step it goes on likewise.
+    """
+    steps = len(effects.sketch)
+    if not lead or steps == 1:
+        return np.zeros((steps, effects.sketch.shape[-1]))
+    following = np.minimum(np.arange(steps) + 1, steps - 1)
+    return -lead * effects.sketch[following, 1].astype(np.float64)

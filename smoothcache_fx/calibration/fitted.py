@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import CalibrationError
 from ..schedules.schedule import Schedule
-from .effects import Effects
+from .effects import Effects, aims
 from .measurements import ALL, Measurements
 from .products import group_matrix
 from .site_errors import SiteErrors
@@ -41,6 +41,11 @@ def fitted(measured: Measurements, schedule: Schedule) -> Schedule:
         raise CalibrationError("the schedule has order 0: there is one output to read, and nothing to fit")
     if any(site.products is None for site in measured.sites):
         raise CalibrationError("the calibration was made without order: calibrate(..., order=2) measures this")
+    if schedule.lead and (measured.effects is None or len({schedule.row_for(site) for site in measured.sites}) > 1):
+        raise CalibrationError(
+            f"the schedule's forecasts aim {schedule.lead:g} of a step ahead: these are fitted where all groups share "
+            "a row, and the calibration has effects. Leave out lead, or share rows and calibrate with order=1 or 2"
+        )
     groups = {group: sites[0] for group, sites in measured.groups.items() if schedule.order_for(sites[0])}
     same = len({(schedule.row_for(site), schedule.order_for(site)) for site in measured.sites}) == 1
     if same and measured.effects is not None:
@@ -80,6 +85,7 @@ def fitted_together(
     dimensions = effects.sketch.shape[-1]
     steps, starts, directions = [], [], []
     total = np.zeros(dimensions)
+    aim = aims(effects, schedule.lead) * importance[:, None]
     for step, computed in enumerate(schedule.row_for(site)):
         history = () if computed else schedule.history_for(site, step)
         lags = [step - at for at in history]
@@ -87,11 +93,12 @@ def fitted_together(
             continue
         reads = importance[step] * effects.sketch[step, lags].astype(np.float64)
         start = np.array(schedule.polynomial(step, history))
-        total += start @ reads
+        off = start @ reads - aim[step]
+        total += off
         if len(history) > 1:
             steps.append(step)
             starts.append(start)
-            directions.append((start @ reads, reads[1:] - reads[0]))
+            directions.append((off, reads[1:] - reads[0]))
     unknowns = [(index, column) for index, (_, reads) in enumerate(directions) for column in range(len(reads))]
     if not unknowns:
         return [()] * schedule.steps

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..errors import CalibrationError
 from ..schedules.coefficients import forecast_coefficients
 from ..schedules.schedule import Schedule
-from .effects import Effects
+from .effects import Effects, aims
 from .measurements import ALL, Measurements
 from .segments import Costs, reach, segment_costs
 
@@ -124,6 +124,7 @@ class JointPlan:
         importance: [steps], what an effect counts for.
         forecast: the coefficients, at a step, of the outputs of computed steps, newest first; by default those of the
             polynomial through ``times``.
+        lead: how far past their step forecasts aim (`Schedule`); they err by what they are off from there.
     """
 
     def __init__(
@@ -134,10 +135,12 @@ class JointPlan:
         order: int,
         times: Sequence[float] | None,
         forecast: Callable[[int, tuple[int, ...]], Array] | None = None,
+        lead: float = 0.0,
     ) -> None:
         self._forecast = forecast
         self.steps, self.lags, self.order, self.times = len(importance), lags, order, times
         self._effects = effects.sketch.astype(np.float64) * importance[:, None, None]
+        self._aims = aims(effects, lead) * importance[:, None]
         self._segments: dict[tuple[int, ...], Array] = {}
 
     def sums(self, computed: tuple[int, ...]) -> Array:
@@ -150,7 +153,8 @@ class JointPlan:
             else:
                 read = np.array([self._forecast(int(step), computed) for step in ahead]).reshape(-1, len(computed))
             old = self._effects[ahead[:, None], ahead[:, None] - np.array(computed)]
-            found = self._segments[computed] = np.cumsum(np.einsum("kn,knd->kd", read, old), axis=0)
+            off = np.einsum("kn,knd->kd", read, old) - self._aims[ahead]
+            found = self._segments[computed] = np.cumsum(off, axis=0)
         return found
 
     def costs(self) -> Costs:
@@ -242,10 +246,11 @@ def joint_plan(
     order: int,
     times: Sequence[float] | None,
     forecast: Callable[[int, tuple[int, ...]], Array] | None = None,
+    lead: float = 0.0,
 ) -> JointPlan:
     """The error model for rows that all groups share; CalibrationError if the calibration lacks what it needs."""
     importance = measured.sensitivity.get(ALL, np.ones(measured.steps))
-    return JointPlan(require_effects(measured, order), importance, measured.lags, order, times, forecast)
+    return JointPlan(require_effects(measured, order), importance, measured.lags, order, times, forecast, lead)
 
 
 def predicted_error(measured: Measurements, schedule: Schedule, independent: float = 0.0) -> float:
@@ -257,14 +262,18 @@ def predicted_error(measured: Measurements, schedule: Schedule, independent: flo
             f"errors are predicted of schedules of {measured.steps} steps that have one row and one order for all "
             f"groups; this one has {schedule.steps} steps, {len(rows)} rows and {len(orders)} orders"
         )
-    plan = joint_plan(measured, orders.pop(), schedule.times, _mean_forecast(measured, schedule))
+    forecast = _mean_forecast(measured, schedule)
+    plan = joint_plan(measured, orders.pop(), schedule.times, forecast, schedule.lead)
     return math.sqrt(plan.error(rows.pop(), independent))
 
 
 def _mean_forecast(measured: Measurements, schedule: Schedule) -> Callable[[int, tuple[int, ...]], Array] | None:
-    """Fitted coefficients, the mean over groups by their FLOPs: effects are known of all groups together alone."""
+    """Fitted coefficients, the mean over groups by their FLOPs: effects are known of all groups together alone.
+
+    None for those of the polynomial through the schedule's times, at each step itself.
+    """
     if schedule.coefficients is None:
-        return None
+        return (lambda step, computed: np.array(schedule.polynomial(step, computed))) if schedule.lead else None
     sites = [members[0] for members in measured.groups.values()]
     flops = [sum(site.flops for site in members) for members in measured.groups.values()]
     weights = flops if any(flops) else [1.0] * len(flops)

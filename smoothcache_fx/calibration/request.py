@@ -20,6 +20,9 @@ from .optimal import independence, predicted_error
 from .planner import highest_order, optimal_rows, orders_predicted, warn_if_behind
 from .quality import QUALITIES
 
+#: How far ahead forecasts aim, by what samples shall be near: a step's output is best taken from its middle.
+LEADS = {"uncached": 0.0, "converged": 0.5}
+
 
 @dataclass(frozen=True)
 class ScheduleRequest:
@@ -35,8 +38,10 @@ class ScheduleRequest:
     max_variants: int | None = None
     times: Sequence[float] | None = None
     keep_last: bool | None = None
+    target: str = "uncached"
 
     def __post_init__(self) -> None:
+        one_of(self.target, "target", tuple(LEADS), CalibrationError)
         if self.solver not in (None, "greedy", "optimal"):
             raise CalibrationError(f"solver is {self.solver!r}, expected 'greedy' or 'optimal'")
         if sum(given is not None for given in (self.alpha, self.compute, self.quality)) != 1:
@@ -75,9 +80,13 @@ class ScheduleRequest:
         """The schedule; tells where every n-th step is predicted to be better."""
         if self.quality is not None:
             return self._of_quality(QUALITIES[self.quality])
-        found = self._best_fit() if isinstance(self.order, str) else self._of_order(self.order)
+        found = self._best_fit() if isinstance(self.order, str) else self._aimed(self._of_order(self.order))
         warn_if_behind(self.measured, found)
         return found
+
+    def _aimed(self, schedule: Schedule) -> Schedule:
+        """The schedule with forecasts that aim at the target, if it has any."""
+        return dataclasses.replace(schedule, lead=LEADS[self.target]) if schedule.highest_order else schedule
 
     def _of_order(self, order: int | None) -> Schedule:
         """The schedule of one order, or of the best one."""
@@ -139,7 +148,7 @@ class ScheduleRequest:
                 if not fits:
                     raise
             else:
-                fits.append(fitted(measured, dataclasses.replace(planned, order=highest)))
+                fits.append(fitted(measured, self._aimed(dataclasses.replace(planned, order=highest))))
         joint = all(len({fit.row_for(site) for site in measured.sites}) == 1 for fit in fits)
         if not joint or measured.effects is None:
             return fits[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -27,8 +28,13 @@ def affordable_steps(calibration: Calibration, compute: float) -> int:
     return sum(next(iter(schedule.compute.values())))
 
 
-def candidates_for(calibration: Calibration, count: int, orders: Sequence[int | str]) -> list[Candidate]:
+def candidates_for(
+    calibration: Calibration, count: int, orders: Sequence[int | str], leads: Sequence[float] = (0.0,)
+) -> list[Candidate]:
     """Schedules that compute at most ``count`` steps, the least predicted error first.
+
+    Args:
+        leads: how far ahead forecasts aim; each is tried.
 
     Raises:
         CalibrationError: no forecast of these orders can be made with so few steps.
@@ -41,20 +47,28 @@ def candidates_for(calibration: Calibration, count: int, orders: Sequence[int | 
             if order == max(orders, key=str) and not found:
                 raise
             continue
-        for rows, schedule in _with_other_rows(calibration, optimal, count):
+        for rows, schedule in _with_other_rows(calibration, optimal, count, leads):
             predicted = calibration.predicted_error(schedule)
             if math.isfinite(predicted):
                 found.setdefault(schedule, Candidate(rows, schedule, predicted, calibration.grain))
     return sorted(found.values(), key=lambda candidate: candidate.predicted)
 
 
-def _with_other_rows(calibration: Calibration, optimal: Schedule, count: int) -> Iterator[tuple[str, Schedule]]:
-    """The schedule, and others that differ in their row only, and in coefficients that are fitted to it."""
-    yield "optimal", optimal
+def _with_other_rows(
+    calibration: Calibration, optimal: Schedule, count: int, leads: Sequence[float]
+) -> Iterator[tuple[str, Schedule]]:
+    """The schedule, and others that differ in their row or lead only, and in coefficients that are fitted to them."""
     every_nth = every_nth_row(optimal.steps, count)
     every_nth[-1] |= sum(every_nth) < count  # the last step, too, if there is room for it
-    rows = {"every n-th": every_nth} | ({"even": even_row(optimal.steps, count)} if count > 1 else {})
-    for name, row in rows.items():
-        compute = dict.fromkeys(optimal.compute, row)
-        other = Schedule(optimal.steps, compute, order=optimal.order, flops=optimal.flops, timesteps=optimal.timesteps)
-        yield name, other if optimal.coefficients is None else calibration.fit(other)
+    planned = next(iter(optimal.compute.values()))
+    rows = {"optimal": planned, "every n-th": every_nth}
+    if count > 1:
+        rows["even"] = even_row(optimal.steps, count)
+    for lead in leads if optimal.highest_order else (0.0,):
+        for name, row in rows.items():
+            if row is planned and not lead:
+                yield name, optimal
+                continue
+            compute = dict.fromkeys(optimal.compute, row)
+            other = dataclasses.replace(optimal, compute=compute, coefficients=None, lead=lead)
+            yield name, other if optimal.coefficients is None else calibration.fit(other)

@@ -12,7 +12,7 @@ from typing import Any
 from ..calibration.calibration import Calibration
 from ..calibration.measurements import FIT, GRAINS
 from ..calibration.optimal import require_effects
-from ..checks import function, instance, number_of, some_of, whole_number
+from ..checks import function, instance, number_of, one_of, some_of, whole_number
 from ..compiled.compiler import compile, remove, set_schedule
 from ..errors import CalibrationError
 from ..graphs.tables import Printable, format_table
@@ -21,12 +21,14 @@ from ..schedules.schedule import HIGHEST_ORDER, Schedule
 from .calibrate import calibrate
 from .candidates import Candidate, affordable_steps, candidates_for
 from .expectation import Expectation, expectation
-from .metrics import metric_of
+from .metrics import OVER, metric_of, over_samples
 from .pace import MET, TimeBudget, degree
 from .sensitivity import measure_sensitivity
 
 log = logging.getLogger(__name__)
 
+#: How far ahead forecasts aim that are tried where samples shall be near a ``target``.
+LEADS = (0.0, 0.25, 0.5)
 #: Schedules of one budget that are tried before a larger budget is, where a quality is asked for.
 TRIED = 3
 
@@ -83,6 +85,7 @@ class Choice(Printable):
             chosen = "chosen" if schedule is self.schedule else ""
             figures = f"{schedule.compute_fraction:.2f}", f"{trial.predicted:.4f}", f"{trial.metric:.4g}"
             order = FIT if schedule.coefficients else str(schedule.order)
+            order += f" +{schedule.lead:g}" if schedule.lead else ""
             table.append((trial.grain, trial.rows, order, *figures, chosen))
         end = "" if any(trial.schedule is self.schedule for trial in self.trials) else "\nchosen: compute everything"
         lines = [f"{format_table(table)}{end}"]
@@ -102,6 +105,8 @@ def choose(
     speedup: float | None = None,
     seconds: float | None = None,
     metric: Metric | str | None = None,
+    target: Callable[[Any], Any] | None = None,
+    over: str = "pooled",
     orders: Sequence[int | str] = (0, 1, 2, FIT),
     grains: Sequence[str] = ("branch",),
     lags: int = 5,
@@ -133,6 +138,11 @@ def choose(
         seconds: in place of compute: what a run of ``sample`` may take, likewise.
         metric: a function of what ``sample`` returned uncached and cached, the higher the better; or the name of one:
             ``psnr`` (the default, in dB), ``ssim`` (needs scikit-image), ``lpips`` (1 less its distance; needs lpips).
+        target: called once like ``sample``, uncached; returns what samples shall be near in place of the uncached ones,
+            from the same seeds: such as those of four times the steps, which they converge to. Then forecasts that aim
+            a quarter and half of a step ahead are tried, too (``lead`` of `Schedule`).
+        over: what the metric is of: ``pooled``, of all samples together, where those that are farthest off decide; or
+            ``mean`` or ``median``, of what it is of single samples.
         orders: of the forecasts that are tried: 0 to 2, and ``"fit"``, with the coefficients of `Calibration.fit`.
         grains: what schedules that are tried cache as one: ``branch``, ``stack`` (the longest runs of blocks), or both.
             Each grain is calibrated by itself.
@@ -169,7 +179,9 @@ def choose(
         least = 1 if name == "speedup" else 0
         number_of(value, name, f"a number above {least}", CalibrationError, lambda number: number > least)
     function(sample, "sample", "the model or pipeline that runs it")
-    measure = metric_of(metric)
+    if target is not None:
+        function(target, "target", "the model or pipeline, to sample what samples shall be near")
+    measure = over_samples(metric_of(metric), one_of(over, "over", OVER, CalibrationError))
     if backend is None:
         backend = "inductor" if name in ("speedup", "seconds") else "eager"
     orders = some_of(orders, "orders", (*range(HIGHEST_ORDER + 1), FIT), CalibrationError)
@@ -208,6 +220,9 @@ def choose(
     else:
         require_effects(calibration, max((order for order in orders if order != FIT), default=1))
         calibrations, reference = [calibration], sample(model_or_pipeline)
+    if target is not None:
+        reference = target(model_or_pipeline)
+    leads = LEADS if target is not None else (0.0,)
 
     if metric is None:
         as_vector(reference)  # raises where there is nothing that PSNR could be of
@@ -223,7 +238,7 @@ def choose(
             compiled = True
         return sample(model_or_pipeline)
 
-    trials = Trials(run, reference, measure, most=trajectories - before)
+    trials = Trials(run, reference, measure, trajectories - before, leads)
     took: tuple[float, float] | tuple[None, None] = None, None
     try:
         if name == "at_least":
@@ -232,7 +247,7 @@ def choose(
             candidates = [
                 candidate
                 for calibration in calibrations
-                for candidate in candidates_for(calibration, affordable_steps(calibration, wanted), orders)
+                for candidate in candidates_for(calibration, affordable_steps(calibration, wanted), orders, leads)
             ]
             best = trials.best(candidates, trials.left)
         else:
@@ -256,10 +271,10 @@ def choose(
     return Choice(schedule, reached, tuple(trials.made), before + len(trials.made), chosen, expected, *took)
 
 
-def _if_any(calibration: Calibration, count: int, order: int | str) -> list[Candidate]:
+def _if_any(calibration: Calibration, count: int, order: int | str, leads: Sequence[float]) -> list[Candidate]:
     """The candidates of one order that compute so many steps; none where there are too few of them."""
     try:
-        return candidates_for(calibration, count, [order]) if count else []
+        return candidates_for(calibration, count, [order], leads) if count else []
     except CalibrationError:
         return []
 
@@ -295,8 +310,11 @@ class Trials:
         made: so far, in order.
     """
 
-    def __init__(self, run: Callable[[Schedule], Any], reference: Any, metric: Metric, most: int) -> None:
+    def __init__(
+        self, run: Callable[[Schedule], Any], reference: Any, metric: Metric, most: int, leads: Sequence[float]
+    ) -> None:
         self.made: list[Trial] = []
+        self._leads = leads
         self._run, self._most = run, most
         self._reference, self._metric = reference, metric
 
@@ -333,7 +351,7 @@ class Trials:
                 candidate
                 for one in calibrations
                 for order in orders
-                for candidate in _if_any(one, counts.get((one.grain, degree(one, order)), 0), order)
+                for candidate in _if_any(one, counts.get((one.grain, degree(one, order)), 0), order, self._leads)
             ]
             if not candidates:
                 raise CalibrationError(
@@ -356,7 +374,9 @@ class Trials:
         fewest, most = math.ceil(calibrations[0].steps / (calibrations[0].lags + 1)), calibrations[0].steps
         while fewest < most and self.left:
             count = (fewest + most) // 2
-            candidates = [one for calibration in calibrations for one in candidates_for(calibration, count, orders)]
+            candidates = [
+                one for calibration in calibrations for one in candidates_for(calibration, count, orders, self._leads)
+            ]
             candidates.sort(key=lambda candidate: candidate.predicted)
             trials = self.of(candidates, TRIED)
             good = next((trial for trial in trials if trial.metric >= at_least), None)

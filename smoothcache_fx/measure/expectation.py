@@ -22,7 +22,7 @@ FORKED = 25.0
 
 @dataclass(frozen=True)
 class Expectation:
-    """The PSNR, in dB, of single samples to their uncached ones.
+    """The PSNR, in dB, of single samples to their uncached ones, or to those of ``choose(target=)``.
 
     Attributes:
         samples: how many there were.
@@ -63,6 +63,22 @@ def samples_of(value: Any) -> Sequence[torch.Tensor]:
     """Each sample as a vector: the first axis of tensors and arrays of three axes and more counts samples."""
     found = [as_vector(one) for leaf in pytree.tree_leaves(value) for one in _split(leaf)]
     return found or [as_vector(value)]
+
+
+def batches_of_one(value: Any) -> list[Any]:
+    """Each sample, as a batch that holds nothing else, or a list of one image."""
+    found: list[Any] = []
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, (torch.Tensor, np.ndarray)):
+            found += [one[None] for one in leaf] if leaf.ndim >= 3 else [leaf]
+        elif hasattr(leaf, "__array_interface__"):
+            found.append([leaf])
+    if not found:
+        raise CalibrationError(
+            f"sample(model) returned a {type(value).__name__} without tensors, arrays or images: over= needs single "
+            "samples, leave it out for a metric of your own"
+        )
+    return found
 
 
 def arrays_of(value: Any) -> list[NDArray[np.float64]]:

@@ -13,9 +13,11 @@ import torch
 from ..checks import function, one_of
 from ..errors import CalibrationError
 from ..reports.compare import Metric, as_vector, psnr
-from .expectation import arrays_of
+from .expectation import arrays_of, batches_of_one
 
 METRICS = ("psnr", "ssim", "lpips")
+#: What a metric is of: all samples together, or the mean or median of single ones.
+OVER = ("pooled", "mean", "median")
 
 
 def metric_of(metric: Metric | str | None) -> Metric:
@@ -31,6 +33,19 @@ def metric_of(metric: Metric | str | None) -> Metric:
     if name == "psnr":
         return lambda uncached, cached: psnr(as_vector(uncached), as_vector(cached))
     return _ssim() if name == "ssim" else _lpips()
+
+
+def over_samples(metric: Metric, over: str) -> Metric:
+    """The metric of all samples together, or the mean or median of what it is of each; infinite PSNR counts as 120."""
+    if over == "pooled":
+        return metric
+
+    def of_each(uncached: Any, cached: Any) -> float:
+        pairs = zip(batches_of_one(uncached), batches_of_one(cached), strict=True)
+        values = [min(float(metric(*pair)), 120.0) for pair in pairs]
+        return float(np.median(values) if over == "median" else np.mean(values))
+
+    return of_each
 
 
 def _ssim() -> Metric:

@@ -28,3 +28,11 @@ def difference_coefficients(coefficients: Sequence[float]) -> tuple[float, ...]:
         coefficients: of the values, newest first.
     """
     return (math.fsum(coefficients), *(-math.fsum(coefficients[i:]) for i in range(1, len(coefficients))))
+
+
+def ahead_of(times: Sequence[float], step: int, lead: float) -> float:
+    """The time that lies ``lead`` steps past a step; past the last one as far as past the one before it."""
+    if not lead or len(times) == 1:
+        return times[step]
+    before = min(step, len(times) - 2)
+    return times[step] + lead * (times[before + 1] - times[before])

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..checks import numbers_of, some_of, whole_number
+from ..checks import number_of, numbers_of, some_of, whole_number
 from ..errors import ScheduleError
 from ..passes.names import STACK, BlockRange
 from .clusters import variants_of
-from .coefficients import forecast_coefficients
+from .coefficients import ahead_of, forecast_coefficients
 from .files import check_header, read_object
 from .html import schedule_html
 from .rows import coefficients_of, compute_fraction, last_compute, row_of, selector_of, times_of, weights_of
@@ -61,6 +61,9 @@ class Schedule:
         coefficients: selector -> for each step the coefficients of the last computed outputs, newest first, whose sum a
             reused branch reads in place of the polynomial; none, or an empty sequence, for the polynomial's. At most
             one more than its order. `Calibration.fit` makes them.
+        lead: how far past its own step, in steps, a forecast aims, 0 to 1. Samplers of first order, such as Euler's and
+            DDIM, keep a step's output for the whole step; with 0.5 a forecast is of the step's middle, and samples come
+            nearer to those of many steps. 0 aims at what the step itself would compute.
         flops: selector -> FLOPs of all its sites, in any unit: the weights for `compute_fraction`. Needs an
             entry for each selector in `compute`; further selectors count as always computed.
         timesteps: those that the sampler had at each step when the schedule was made. A compiled model warns if it is
@@ -82,6 +85,7 @@ class Schedule:
     history_dtype: str | None = None
     timesteps: Sequence[float] | None = field(default=None, compare=False)
     coefficients: Mapping[str, Sequence[Sequence[float]]] | None = None
+    lead: float = 0.0
 
     def __post_init__(self) -> None:
         steps = whole_number(self.steps, "steps", least=1)
@@ -105,12 +109,18 @@ class Schedule:
             "flops": flops,
             "times": times,
             "timesteps": None if self.timesteps is None else numbers_of(self.timesteps, "timesteps", steps),
+            "lead": number_of(self.lead, "lead", "a number from 0 to 1", ScheduleError, lambda lead: 0 <= lead <= 1),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.coefficients is not None:
             object.__setattr__(self, "coefficients", self._checked_coefficients(self.coefficients))
         check_overlaps(self.selectors)
+        if self.lead and not self.highest_order:
+            raise ScheduleError(
+                f"lead is {self.lead:g}, but order is {_plain(self.order)}, so that nothing is forecast; expected an "
+                "order of 1 or 2, or no lead"
+            )
         if self.history_dtype is None:
             return
         if self.history_dtype not in HISTORY_DTYPES:
@@ -141,9 +151,9 @@ class Schedule:
         return self.polynomial(step, computed)
 
     def polynomial(self, step: int, computed: Sequence[int]) -> tuple[float, ...]:
-        """The coefficients of the `computed` steps' outputs in the polynomial through them, at `step`."""
+        """The coefficients of the `computed` steps' outputs in the polynomial through them, `lead` past `step`."""
         times = range(self.steps) if self.times is None else self.times
-        return forecast_coefficients([times[at] for at in computed], times[step])
+        return forecast_coefficients([times[at] for at in computed], ahead_of(times, step, self.lead))
 
     def history_for(self, site: SiteLike, step: int) -> tuple[int, ...]:
         """The last steps before `step` at which `site` is computed, newest first: one more than its order, at most."""
@@ -258,6 +268,8 @@ class Schedule:
             lines.append(f'  "timesteps": {json.dumps(_plain(self.timesteps))}')
         if self.coefficients is not None:
             lines.append(f'  "coefficients": {json.dumps(_plain(self.coefficients))}')
+        if self.lead:
+            lines.append(f'  "lead": {json.dumps(self.lead)}')
         Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
     @classmethod
@@ -275,7 +287,7 @@ class Schedule:
         keys: tuple[str, ...] = ("steps", "order", "compute", "flops", "times")
         if data.get("format") == FORMAT and data.get("version") == 1:
             data.setdefault("times", None)
-        keys += tuple(key for key in ("history_dtype", "timesteps", "coefficients") if key in data)
+        keys += tuple(key for key in ("history_dtype", "timesteps", "coefficients", "lead") if key in data)
         published = "format" not in data and data and all(isinstance(row, list) for row in data.values())
         if not published:
             check_header(data, path, format=FORMAT, version=VERSION, keys=keys, error=ScheduleError)
@@ -299,8 +311,9 @@ class Schedule:
         if self.highest_order:
             times = ", in its times" if self.times else ""
             fitted = ", with fitted coefficients" if self.coefficients else ""
+            lead = f", {self.lead:g} of a step ahead" if self.lead else ""
             history = f", with a history of differences in {self.history_dtype}" if self.history_dtype else ""
-            lines.append(f"forecasts of order {_plain(self.order)}{times}{fitted}{history}")
+            lines.append(f"forecasts of order {_plain(self.order)}{times}{lead}{fitted}{history}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -313,19 +326,21 @@ class Schedule:
             for name in ("flops", "times", "history_dtype", "timesteps", "coefficients")
             if (value := getattr(self, name)) is not None
         )
+        more += f", lead={self.lead:g}" if self.lead else ""
         return f"Schedule(steps={self.steps}, compute={rows}, order={_plain(self.order)}{more})"
 
     def __hash__(self) -> int:
         flops = None if self.flops is None else frozenset(self.flops.items())
         order = frozenset(self.order.items()) if isinstance(self.order, Mapping) else self.order
         fitted = None if self.coefficients is None else frozenset(self.coefficients.items())
-        return hash((self.steps, frozenset(self.compute.items()), order, flops, self.times, self.history_dtype, fitted))
+        rows = frozenset(self.compute.items())
+        return hash((self.steps, rows, order, flops, self.times, self.history_dtype, fitted, self.lead))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The read-only mappings can be neither pickled nor deep-copied.
         plain = self.steps, dict(self.compute), _plain(self.order), _plain(self.flops)
         fitted = None if self.coefficients is None else dict(self.coefficients)
-        return Schedule, (*plain, self.times, self.history_dtype, self.timesteps, fitted)
+        return Schedule, (*plain, self.times, self.history_dtype, self.timesteps, fitted, self.lead)
 
 
 def _select(values: Mapping[str, Any], site: SiteLike, what: str, default: Any) -> Any:
