@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "smoothcache_fx/_version.py").read_text(), re.MULTILINE)
 
 PLOT = ["matplotlib"]
-DEMO = ["scikit-learn", "safetensors", "tqdm", *PLOT]
+DEMO = ["safetensors", "tqdm", *PLOT]
 DIFFUSERS = ["diffusers"]
 # The caches that bench/end_to_end.py compares with.
 BENCH = ["cache-dit", "dit-smoothcache", *DIFFUSERS, *PLOT]
@@ -68,7 +68,7 @@ setup(
     ],
     # A top-level package called `kernels` would shadow the one that diffusers and transformers look for.
     package_dir={"smoothcache_fx.passes": "passes", "smoothcache_fx.kernels": "kernels"},
-    package_data={"smoothcache_fx": ["py.typed"], "smoothcache_fx.demo": ["digits_dit.safetensors"]},
+    package_data={"smoothcache_fx": ["py.typed"], "smoothcache_fx.demo": ["*.safetensors"]},
     install_requires=["torch>=2.11", "numpy", "triton; platform_system == 'Linux'"],
     extras_require={
         "bench": BENCH,

@@ -11,10 +11,10 @@ import logging
 
 import numpy as np
 import torch
-from common import write_result
+from common import digits_model, write_result
 
 import smoothcache_fx as smoothcache
-from smoothcache_fx.demo import load_model, sample
+from smoothcache_fx.demo import sample
 from smoothcache_fx.graphs.tables import format_table
 
 SHARES = (1 / 4, 1 / 16, 1 / 64, 1 / 256)
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write bench/results/calibration_memory.json")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    model = load_model().eval()
+    model = digits_model()
 
     def measured(limit: int | None) -> smoothcache.Calibration:
         def run(model: torch.nn.Module) -> None:

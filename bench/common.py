@@ -18,12 +18,19 @@ import torch
 from turns import turn
 
 import smoothcache_fx as smoothcache
+from smoothcache_fx.demo import DiT, load_model
 from smoothcache_fx.reports.timing import synchronize
 
 RESULTS = Path(__file__).parent / "results"
+DIGITS = Path(__file__).parents[1] / "tests" / "helpers" / "digits_dit.safetensors"
 
 #: The published schedule for DiT-XL/2 with 50 DDIM steps at alpha 0.18: 24 steps computed, equal for attn and mlp.
 PUBLISHED_24_OF_50 = [int(digit) for digit in "100010010010" + "1010" * 9 + "11"]
+
+
+def digits_model() -> DiT:
+    """The trained DiT of handwritten digits that tests use, and that older results are of."""
+    return load_model(path=DIGITS)
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:

@@ -1,6 +1,6 @@
 """How near the default plan for a budget comes to the uncached sample: ``python bench/first_recipe.py --write``.
 
-Small models with random weights, and the demo's trained one, each in its own pipeline and sampler. Calibrated on one
+Small models with random weights, and the trained one of digits, each in its own pipeline and sampler. Calibrated on one
 seed with ``calibrate(model, run)``; PSNR, in dB, to the uncached samples of that seed and of two others. Beside
 ``schedule(compute=...)``, at the cost of every n-th step:
 
@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, write_result
+from common import RESULTS, digits_model, write_result
 
 import smoothcache_fx as smoothcache
 from smoothcache_fx import Schedule
 from smoothcache_fx.demo.model import DiT, randomize
 from smoothcache_fx.demo.sampler import sample
-from smoothcache_fx.demo.weights import load_model
 from smoothcache_fx.graphs.tables import format_table
 from smoothcache_fx.reports.compare import as_vector, psnr
 
@@ -45,8 +44,8 @@ def models(steps: int) -> dict[str, Callable[[], tuple[Any, Run]]]:
     """By name what makes a model or pipeline, and samples from it with a seed."""
     from pipelines.build import CASES, run
 
-    def demo() -> tuple[Any, Run]:
-        return load_model("cpu"), lambda model, seed: sample(model, [0, 1, 2, 3], steps=steps, seed=seed)
+    def digits() -> tuple[Any, Run]:
+        return digits_model(), lambda model, seed: sample(model, [0, 1, 2, 3], steps=steps, seed=seed)
 
     def bare(weights: int) -> tuple[Any, Run]:
         model = DiT(image_size=8, patch_size=2, channels=4, width=64, depth=4, heads=4, num_classes=10)
@@ -56,7 +55,7 @@ def models(steps: int) -> dict[str, Callable[[], tuple[Any, Run]]]:
         return CASES[name].make(), lambda pipe, seed: run(CASES[name], pipe, steps, seed=seed)
 
     return {
-        "demo's digits, Euler": demo,
+        "digits, Euler": digits,
         "bare DiT, Euler": lambda: bare(0),
         "bare DiT, other weights": lambda: bare(1),
         "SD3, flow-match Euler": lambda: pipeline("sd3"),

@@ -12,13 +12,12 @@ import json
 
 import numpy as np
 import torch
-from common import result_path, write_result
+from common import digits_model, result_path, write_result
 from quality_plans import FIT, GRAINS, ORDERS
 from quality_samplers import SAMPLERS, Sampler
 
 import smoothcache_fx as smoothcache
 from smoothcache_fx import Schedule
-from smoothcache_fx.demo import load_model
 from smoothcache_fx.graphs.tables import format_bytes, format_table
 
 INTERVALS = (2, 3, 4, 6, 8)
@@ -104,7 +103,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write bench/results/grains.json; other rows there stay")
     arguments = parser.parse_args()
     forecasts = [order for order in FORECASTS if str(order) in map(str, arguments.forecasts)]
-    model = load_model().eval()
+    model = digits_model()
     found = []
     for name in arguments.samplers:
         found += measure(model, name, arguments.intervals, arguments.samples, forecasts)

@@ -3,13 +3,15 @@
 The package's trained DiT with guidance 1.5, the same noise for all, by Euler's, the DDIM or the DPM-Solver++ sampler:
 uncached, with fewer steps, and with schedules at about equal arithmetic. Those are the paper's greedy rule (alpha),
 every n-th step (FORA), the same with forecasts (TaylorSeer) and with fitted ones, optimal rows, and what `choose`
-takes, also with a history of differences in a narrower dtype; every n-th step and optimal rows also with all blocks
-cached as one (stacks). What is calibrated is calibrated on other noise.
+takes: of branches and stacks what comes nearest to the uncached samples, or to converged ones; also with a history of
+differences in a narrower dtype; every n-th step and optimal rows also with all blocks cached as one (stacks). What is
+calibrated is calibrated on other noise.
 
 Paired samples are compared with the uncached ones, and with those of four times the steps, which the sampler converges
 to. Of the methods in `JUDGED`, at some budgets of all, whole sets of images are compared with real ones.
 
-Sampling takes long: ``--folder`` keeps schedules, images and times, so that a run that was cut goes on.
+Plans are stored with the results, and used again; ``--anew`` makes others. Sampling takes long: ``--folder`` keeps
+schedules, images and times, so that a run that was cut goes on.
 ``--times`` measures wall time for the plans that a run left there, and wants a quiet machine. With ``--add`` what
 was written before stays but for the ``--methods`` and budgets that are sampled now.
 """
@@ -23,6 +25,7 @@ import hashlib
 import json
 import math
 import statistics
+import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,14 +35,13 @@ from typing import Any
 import torch
 from common import interleaved, ratio_of_medians, result_path, write_result
 from quality_plans import GRAINS, METHODS, Plans, Point
-from quality_results import add_times, earlier_result, joined, recorded, verdict
+from quality_results import add_times, earlier_result, joined, recorded, same_plans, verdict
 from quality_samplers import SAMPLERS
 from quality_tables import FAR, write_all
 from torch import Tensor
 
 import smoothcache_fx as smoothcache
-from smoothcache_fx.demo.data import load_digits
-from smoothcache_fx.demo.metrics import Classifier, frechet_distance, real_frechet_distance
+from smoothcache_fx.demo.judge import Judge, load_judge
 from smoothcache_fx.demo.weights import load_model
 from smoothcache_fx.reports.compare import psnr
 from smoothcache_fx.schedules.schedule import Schedule
@@ -47,23 +49,62 @@ from smoothcache_fx.schedules.schedule import Schedule
 #: Of these as many images are made as a distribution takes; of the others, ``--paired``. Of TaylorSeer's settings the
 #: one that is nearer to the uncached sample with 50 steps.
 JUDGED = ("uncached", "fewer steps", "alpha", "every n-th step", "TaylorSeer, order 2", "chosen")
+#: What is sampled.
+MODEL = "DiT of Fashion-MNIST"
+#: PSNR in dB that images which are the same count as.
+MOST = 120.0
 #: Resamplings of a set of images for the standard error of its Frechet distance.
 RESAMPLINGS = 40
 
 
-def kept_plan(folder: Path, make: Callable[[], list[Point]], wanted: Sequence[str] | None = None) -> list[Point]:
-    """The points of an earlier run in the folder, or, if not all that are wanted are there, those that are made now."""
+def kept_plan(
+    folder: Path, make: Callable[[], list[Point]], wanted: Sequence[str] | None = None, stored: Path | None = None
+) -> list[Point]:
+    """The points of an earlier run in the folder, or those that are stored with its results.
+
+    If there are none, or not all that are wanted, those that are made now.
+    """
     index = folder / "points.json"
-    if index.exists():
-        named = json.loads(index.read_text())
-        points = [Point(*point, Schedule.load(folder / f"{i}.json")) for i, point in enumerate(named)]
-        if {*(wanted or ())} <= {point.method for point in points}:
-            return points
-    points = make()
+    for found in (kept_points(index), [] if stored is None else stored_points(stored)):
+        if found and {*(wanted or ())} <= {point.method for point in found}:
+            points = found
+            break
+    else:
+        points = make()
     for i, point in enumerate(points):
         point.schedule.save(folder / f"{i}.json")
     index.write_text(json.dumps([(point.method, point.budget) for point in points]))
     return points
+
+
+def kept_points(index: Path) -> list[Point]:
+    if not index.exists():
+        return []
+    named = json.loads(index.read_text())
+    return [Point(*point, Schedule.load(index.with_name(f"{i}.json"))) for i, point in enumerate(named)]
+
+
+def stored_points(path: Path) -> list[Point]:
+    """What `store_points` wrote; nothing if it did not."""
+    if not path.exists():
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(path) as archive:
+            archive.extractall(folder, filter="data")
+        return kept_points(Path(folder) / "points.json")
+
+
+def store_points(folder: Path, path: Path) -> None:
+    """Pack the plans that a folder keeps, the same bytes for the same plans."""
+
+    def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.mtime, member.uid, member.gid, member.uname, member.gname = 0, 0, 0, "", ""
+        return member
+
+    named = json.loads((folder / "points.json").read_text())
+    with tarfile.open(path, "w:xz") as archive:
+        for name in ("points", *map(str, range(len(named)))):
+            archive.add(folder / f"{name}.json", f"{name}.json", filter=plain)
 
 
 def kept_images(path: Path, make: Callable[[], Tensor]) -> Tensor:
@@ -88,40 +129,43 @@ def cached_copy(model: torch.nn.Module, schedule: Schedule, backend: str) -> tor
     return smoothcache.compile(copy.deepcopy(model), schedule, backend=backend)
 
 
-def distances(reference: Tensor, images: Tensor) -> dict[str, float]:
+def distances(reference: Tensor, images: Tensor) -> dict[str, Any]:
     """PSNR in dB of all images together, which a few decide that went another way; mean and median of the images' own.
 
-    Standard errors: of the former by resampling the images.
+    Standard errors and 95% intervals by resampling the images; ``far`` is the share of images that went another way.
     """
     squares = (images - reference).square().flatten(1).mean(1)
     draws = torch.randint(len(images), (1000, len(images)), generator=torch.Generator().manual_seed(0))
-    each = torch.tensor([psnr(*pair) for pair in zip(reference, images, strict=True)])
-    return {
+    each = torch.tensor([min(psnr(*pair), MOST) for pair in zip(reference, images, strict=True)])
+    figures: dict[str, Any] = {
         "psnr": psnr(reference, images),
         "psnr_error": float((10 * squares[draws].mean(1).log10()).std()),
         "mean_psnr": float(each.mean()),
         "mean_psnr_error": float(each.std()) / math.sqrt(len(each)),
         "median_psnr": float(each.quantile(0.5)),
+        "far": float((each < FAR).float().mean()),
     }
+    resampled = {"mean_psnr": each[draws].mean(1), "median_psnr": each[draws].quantile(0.5, dim=1)}
+    for name, values in resampled.items():
+        figures[f"{name}_interval"] = values.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return figures
 
 
-def set_figures(
-    images: Tensor, uncached: Tensor, labels: Tensor, classifier: Classifier, real: Tensor
-) -> dict[str, float]:
-    """Accuracy, and Frechet distances to real digits, beside that of the uncached images of the same noise.
+def set_figures(images: Tensor, uncached: Tensor, labels: Tensor, judge: Judge) -> dict[str, float]:
+    """Accuracy, and Frechet distances to real images, beside that of the uncached images of the same noise.
 
     Standard errors by resampling: of the difference, both sets' images of the same noise together.
     """
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(images), (RESAMPLINGS, len(images)), generator=generator)
-    resampled = [frechet_distance(images[draw], real) for draw in draws]
-    beside = [each - frechet_distance(uncached[draw], real) for each, draw in zip(resampled, draws, strict=True)]
-    distance = frechet_distance(images, real)
+    resampled = [judge.frechet_distance(images[draw]) for draw in draws]
+    beside = [each - judge.frechet_distance(uncached[draw]) for each, draw in zip(resampled, draws, strict=True)]
+    distance = judge.frechet_distance(images)
     return {
-        "accuracy": classifier.accuracy(images, labels),
+        "accuracy": judge.accuracy(images, labels),
         "frechet": distance,
         "frechet_error": statistics.stdev(resampled),
-        "frechet_over_uncached": distance - frechet_distance(uncached, real),
+        "frechet_over_uncached": distance - judge.frechet_distance(uncached),
         "frechet_over_uncached_error": statistics.stdev(beside),
     }
 
@@ -130,7 +174,9 @@ def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, A
     """Sample all points and print their figures; save what there is after the pairs and after each budget's sets."""
     sampler = SAMPLERS[arguments.sampler]
     model = load_model("cuda" if torch.cuda.is_available() else "cpu")
-    points = kept_plan(folder, Plans(model, sampler, arguments, folder).points, arguments.methods)
+    known = not arguments.anew and same_plans(result_path(f"quality_{arguments.sampler}"), recorded(arguments))
+    stored = plans_path(arguments.sampler) if known else None
+    points = kept_plan(folder, Plans(model, sampler, arguments, folder).points, arguments.methods, stored)
     if arguments.methods is not None:
         points = [point for point in points if point.method in ("uncached", *arguments.methods)]
     batches = -(-arguments.images // arguments.paired)
@@ -151,12 +197,13 @@ def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, A
     many = 4 * arguments.steps
     converged = kept_images(folder / "converged.pt", lambda: sampler.run(model, labels, many, 5).cpu())
     reference = images(points[0], 1)
-    classifier, real = Classifier(), load_digits().held_out_images
+    judge, images_in_sets = load_judge(), batches * arguments.paired
     rows: list[dict[str, Any]] = []
     result = {
         "arguments": recorded(arguments),
-        "real_versus_real_frechet_distance": real_frechet_distance(batches * arguments.paired) if batches else None,
-        "classifier_held_out_accuracy": classifier.held_out_accuracy,
+        "model": MODEL,
+        "real_versus_real_frechet_distance": judge.real_frechet_distance(images_in_sets) if images_in_sets else None,
+        "classifier_held_out_accuracy": judge.held_out_accuracy,
         "rows": rows,
     }
     for point in points:
@@ -185,12 +232,17 @@ def run(arguments: argparse.Namespace, folder: Path, save: Callable[[dict[str, A
             judged = point.method in JUDGED or (budget in all_judged and point.schedule.history_dtype is None)
             if judged and abs(point.budget - budget) < 0.005 and "frechet" not in row:
                 made, uncached = images(point, batches), images(points[0], batches)
-                row |= set_figures(made, uncached, labels.repeat(batches), classifier, real)
+                row |= set_figures(made, uncached, labels.repeat(batches), judge)
                 if point is not points[0]:
                     row |= {f"{name}_set": value for name, value in distances(uncached, made).items()}
                     row["far_set"] = sum(each < FAR for each in map(psnr, uncached, made))
                 print(describe(row), flush=True)
         save(result)
+
+
+def plans_path(sampler: str) -> Path:
+    """Where the plans of a sampler's results are stored."""
+    return result_path(f"quality_{sampler}").with_suffix(".plans.tar.xz")
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -261,6 +313,7 @@ def main() -> None:
     parser.add_argument("--times", action="store_true", help="add wall times to what was written; run on nothing else")
     parser.add_argument("--write", action="store_true", help="write bench/results/ and docs/bench/")
     parser.add_argument("--methods", nargs="+", help="that are sampled or timed, beside the uncached (all)")
+    parser.add_argument("--anew", action="store_true", help="make plans, though some are stored with the results")
     parser.add_argument("--add", action="store_true", help="keep other methods, budgets and times that were written")
     arguments = parser.parse_args()
     arguments.steps = arguments.steps or SAMPLERS[arguments.sampler].steps
@@ -282,6 +335,8 @@ def main() -> None:
         result["verdict"] = verdict(result)
         if arguments.write:
             print(f"written to {write_result(name, result)}", flush=True)
+            if not (arguments.add or arguments.times):
+                store_points(folder, plans_path(arguments.sampler))
             write_all()
 
     with contextlib.ExitStack() as stack:

@@ -39,7 +39,7 @@ METHODS = {
         for _, prefix in GRAINS.values()
         for order in (*(f"order {order}" for order in ORDERS), FIT)
     ),
-    "chosen": ("chosen", *(f"chosen, history in {dtype}" for dtype in HISTORY_DTYPES)),
+    "chosen": ("chosen", "chosen, converged", *(f"chosen, history in {dtype}" for dtype in HISTORY_DTYPES)),
 }
 
 
@@ -114,21 +114,50 @@ class Plans:
             for share in self.shares:
                 for order in (*ORDERS, FIT):
                     method = f"{prefix}optimal, " + (FIT if order == FIT else f"order {order}")
-                    if self.arguments.methods is None or method in self.arguments.methods:
+                    if self.wanted(method):
                         polynomials = grain == "branch" and order != FIT
                         calibration = self.with_sensitivity if polynomials else self.calibration(grain)
                         yield Point(method, share, calibration.schedule(compute=share, solver="optimal", order=order))
 
     def chosen(self) -> Iterator[Point]:
-        """By sampling once uncached, and with schedules of least predicted error, without fits."""
-        budget = {"orders": ORDERS, "trajectories": self.arguments.trajectories, "calibration": self.with_sensitivity}
+        """By sampling once uncached, and with schedules of branches and of stacks of least predicted error."""
         for share in self.shares:
-            choice = smoothcache.choose(self.model, self.together, compute=share, **budget, progress=False)
-            print(f"{choice}\n", flush=True)
-            yield Point("chosen", share, choice.schedule)
-            if choice.schedule.highest_order:
-                for dtype in HISTORY_DTYPES:
-                    yield Point(f"chosen, history in {dtype}", share, replace(choice.schedule, history_dtype=dtype))
+            for method, target in (("chosen", None), ("chosen, converged", self.converged)):
+                if not self.wanted(method):
+                    continue
+                choices = [
+                    smoothcache.choose(
+                        self.model,
+                        self.together,
+                        compute=share,
+                        target=target,
+                        over="mean",
+                        trajectories=self.arguments.trajectories,
+                        calibration=calibration,
+                        progress=False,
+                    )
+                    for calibration in (self.with_sensitivity, self.calibration("stack"))
+                ]
+                best = max(choices, key=lambda choice: choice.metric)
+                print(f"{method}, {share:.2f}\n{best}\n", flush=True)
+                yield Point(method, share, best.schedule)
+                if target is None and best.schedule.highest_order:
+                    for dtype in HISTORY_DTYPES:
+                        name = f"chosen, history in {dtype}"
+                        if self.wanted(name):
+                            yield Point(name, share, replace(best.schedule, history_dtype=dtype))
+
+    def wanted(self, method: str) -> bool:
+        """Whether a method is one of those that were asked for."""
+        return self.arguments.methods is None or method in self.arguments.methods
+
+    def converged(self, model: torch.nn.Module) -> Tensor:
+        """What samples of ``together`` converge to; sampled once."""
+        kept = self.folder / "converged_calibrated.pt"
+        if not kept.exists():
+            labels = torch.arange(self.arguments.calibrated) % 10
+            torch.save(self.sampler.run(model, labels, 4 * self.steps, 1), kept)
+        return torch.load(kept, weights_only=True)
 
     def together(self, model: torch.nn.Module, samples: int | None = None) -> Tensor:
         labels = torch.arange(samples or self.arguments.calibrated) % 10

@@ -1,4 +1,4 @@
-"""What `quality.py` samples the package's digits DiT with: Euler, and diffusers' DDIM and multi-step DPM-Solver++.
+"""What `quality.py` samples the demo's DiT with: Euler, and diffusers' DDIM and multi-step DPM-Solver++.
 
 The model predicts the velocity of a rectified flow, ``v = noise - data`` at ``x = (1 - t) data + t noise``. Samplers
 call it once a step, so that caches see the steps that the sampler takes.
@@ -27,8 +27,8 @@ class Sampler:
     Attributes:
         title: for pictures and tables.
         steps: as many as users take of it.
-        run: images float32 ``[n, 1, 8, 8]`` for a model, labels ``[n]``, a number of steps, a seed and, if it is to be
-            another than `GUIDANCE`, a guidance scale.
+        run: images float32 ``[n, channels, size, size]`` for a model, labels ``[n]``, a number of steps, a seed and, if
+            it is to be another than `GUIDANCE`, a guidance scale.
     """
 
     title: str

@@ -13,6 +13,8 @@ from quality_samplers import SAMPLERS
 from smoothcache_fx.graphs.html import COLOURS
 from smoothcache_fx.plots import new_figure
 
+#: Of results that do not say what was sampled.
+DIGITS = "DiT of digits"
 PICTURES = RESULTS.parents[1] / "docs" / "bench"
 #: Images of a set are counted whose own PSNR in dB is lower: a few that went another way decide that of all together.
 FAR = 30.0
@@ -24,6 +26,7 @@ STYLES = {
     "TaylorSeer, order 1": (COLOURS[2], "D--"),
     "TaylorSeer, order 2": (COLOURS[3], "D--"),
     "chosen": ("black", "o-"),
+    "chosen, converged": (COLOURS[4], "o-"),
 }
 #: Colours tell forecasts apart, lines what is cached as one.
 GRAIN_STYLES = {
@@ -41,7 +44,12 @@ TITLES = (
     *("compute", "PSNR", "mean", "converged", "mean", "of the set", "mean", f"under {FAR:.0f} dB"),
     *("recognised", "Frechet distance", "over uncached", "s/image", "of uncached"),
 )
-LABELS = {"alpha": "alpha rule (SmoothCache)", "every n-th step": "every n-th step (FORA)", "chosen": "choose (ours)"}
+LABELS = {
+    "alpha": "alpha rule (SmoothCache)",
+    "every n-th step": "every n-th step (FORA)",
+    "chosen": "choose (ours)",
+    "chosen, converged": "choose(target=) (ours)",
+}
 
 
 def write_all() -> None:
@@ -64,7 +72,7 @@ def page(results: dict[str, dict[str, Any]]) -> Iterator[str]:
     for sampler, result in results.items():
         arguments, machine = result["arguments"], result["machine"]
         yield ""
-        yield f"## {SAMPLERS[sampler].title}, {arguments['steps']} steps"
+        yield f"## {SAMPLERS[sampler].title}, {arguments['steps']} steps, {result.get('model', DIGITS)}"
         yield ""
         yield (
             f"PSNR in dB, of all images together and the images' mean, to the uncached samples and to those of "

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_result
+from common import digits_model, write_result
 from grains import psnrs
 from quality_samplers import GUIDANCE, SAMPLERS
 
 import smoothcache_fx as smoothcache
 from smoothcache_fx import Calibration
-from smoothcache_fx.demo import load_model
 from smoothcache_fx.graphs.tables import format_table
 
 SOURCE = "euler", 50, GUIDANCE
@@ -84,7 +83,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        found = measure(load_model().eval(), arguments.compute, arguments.samples, folder)
+        found = measure(digits_model(), arguments.compute, arguments.samples, folder)
     rows = [("sampler", "steps", "guidance", "forecasts", "fresh", "transferred", "lost")]
     for run in found:
         order = "best order" if run["order"] is None else run["order"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 #: By file: tests of the slow lane, with their parameters in brackets where others of theirs are not.
 SLOW: dict[str, tuple[str, ...]] = {
-    "demo/test_demo_model.py": ("test_samples_are_recognised_and_near_the_real_digits",),
+    "demo/test_demo_model.py": ("test_samples_are_recognised_and_near_the_real_images",),
     "demo/test_run.py": ("test_the_demo_writes_what_it_measured",),
     "external/test_adapted_linears.py": (
         "test_lora",
@@ -59,6 +59,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_changing_shapes_under_inductor",
         "test_changing_shapes_between_trajectories",
     ),
+    "test_lead.py": ("test_samples_come_nearer_to_converged_ones",),
     "test_bench.py": (
         "test_the_frontier_of_quality",
         "test_transfers_beside_calibrations_made_there",
@@ -272,6 +273,7 @@ NOT_QUICK = frozenset(
         "test_first_calls.py",
         "test_first_recipe.py",
         "test_inputs.py",
+        "test_lead.py",
         "test_optimal.py",
         "test_orders.py",
         "test_package.py",

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import smoothcache_fx as smoothcache
+from helpers.digits import digits_model
 from smoothcache_fx import CalibrationError, Schedule
 from smoothcache_fx.demo.sampler import sample
-from smoothcache_fx.demo.weights import load_model
 from smoothcache_fx.measure.expectation import expectation
 from smoothcache_fx.measure.metrics import metric_of
 from smoothcache_fx.reports.compare import psnr
@@ -29,7 +29,7 @@ def run(model):
 @pytest.fixture
 def model():
     runs.clear()
-    model = load_model("cpu")
+    model = digits_model()
     model.blocks = model.blocks[:4]  # each schedule that is tried is compiled: with all of them that takes minutes
     return model
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import smoothcache_fx as smoothcache
+from helpers.digits import digits_model
 from pipelines.build import CASES
 from pipelines.build import run as run_pipeline
 from smoothcache_fx import Calibration, Schedule
@@ -18,7 +19,6 @@ from smoothcache_fx.calibration.effects import Effects
 from smoothcache_fx.calibration.site_errors import SiteErrors
 from smoothcache_fx.demo.model import DiT, randomize
 from smoothcache_fx.demo.sampler import sample
-from smoothcache_fx.demo.weights import load_model
 from smoothcache_fx.reports.compare import as_vector, psnr
 from smoothcache_fx.schedules.clusters import clustered, joined, variants_of
 
@@ -27,8 +27,8 @@ STEPS = 20
 ROUNDING = 0.05
 
 
-def demo():
-    return load_model("cpu"), lambda model: sample(model, [0, 1, 2, 3], steps=STEPS, seed=1)
+def digits():
+    return digits_model(), lambda model: sample(model, [0, 1, 2, 3], steps=STEPS, seed=1)
 
 
 def bare():
@@ -41,7 +41,7 @@ def pipeline(name):
 
 
 MODELS = {
-    "demo": demo,
+    "digits": digits,
     "bare": bare,
     "sd3": lambda: pipeline("sd3"),
     "flux": lambda: pipeline("flux_true_cfg"),
@@ -71,7 +71,7 @@ def test_never_behind_every_nth_step(name):
 
 
 def test_the_demo_model_is_forecast_and_far_ahead():
-    model, run = demo()
+    model, run = digits()
     calibration = smoothcache.calibrate(model, run, progress=False)
     best = calibration.schedule(compute=0.5)
     reference = run(model)
@@ -96,7 +96,7 @@ def test_without_effects_it_goes_by_errors():
 
 def test_where_forecasts_reach_over_a_change_of_the_batch():
     """Guidance that is switched off half-way: no output of before can be read, and forecasts lack a second one."""
-    model, run = demo()
+    model, run = digits()
     calibration = smoothcache.calibrate(model, run, progress=False)
     sketch, half = calibration.effects.sketch.copy(), STEPS // 2
     for step in range(half, STEPS):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import smoothcache_fx as smoothcache
 from helpers.cases import run_trajectory
+from helpers.digits import digits_model
 from helpers.models import CASES
 from helpers.stack_oracle import StackOracle
 from helpers.tolerances import COARSE, REORDERED, assert_close, assert_trajectories_close
@@ -21,7 +22,6 @@ from smoothcache_fx import CalibrationError, Schedule, ScheduleError
 from smoothcache_fx.calibration.effects import Effects
 from smoothcache_fx.calibration.fitted import FIT_INDEPENDENT, fitted_together, least_squares
 from smoothcache_fx.calibration.products import group_matrix
-from smoothcache_fx.demo import load_model
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.schedules.coefficients import difference_coefficients, forecast_coefficients
 
@@ -123,7 +123,7 @@ def test_fitted_weights_err_no_more_than_where_they_start(seed, count, shrinkage
 
 @pytest.fixture(scope="module")
 def calibrated():
-    model = load_model().eval()
+    model = digits_model()
 
     def run(model):
         return sample(model, torch.arange(4), steps=12)
@@ -213,7 +213,7 @@ def test_what_was_not_measured_keeps_the_polynomial():
 
 
 def test_groups_with_rows_of_their_own_are_fitted_by_their_outputs():
-    model = load_model().eval()
+    model = digits_model()
     calibration = smoothcache.calibrate(
         model, lambda model: sample(model, torch.arange(2), steps=8), lags=3, order=1, steps=8, progress=False
     )

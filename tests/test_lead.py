@@ -22,6 +22,7 @@ from helpers.tolerances import REORDERED, assert_trajectories_close
 from smoothcache_fx import Calibration, CalibrationError, Schedule, ScheduleError
 from smoothcache_fx.calibration.effects import Effects
 from smoothcache_fx.calibration.site_errors import SiteErrors
+from smoothcache_fx.cli.main import main
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.measure.metrics import over_samples
 from smoothcache_fx.reports.compare import psnr
@@ -155,6 +156,15 @@ def test_schedules_for_converged_samples(calibration):
     )
     with pytest.raises(CalibrationError, match="target is 'best', expected 'uncached' or 'converged'"):
         calibration.schedule(compute=0.5, target="best")
+
+
+def test_schedules_for_converged_samples_by_command(calibration, tmp_path):
+    calibration.save(tmp_path / "calibration.json")
+    made, file = ["schedule", "--order", "1", "--target", "converged"], str(tmp_path / "schedule.json")
+    assert main([*made, str(tmp_path / "calibration.json"), "--compute", "0.5", "-o", file]) == 0
+    assert Schedule.load(file) == calibration.schedule(compute=0.5, order=1, target="converged")
+    assert main([*made, "--interval", "3", "--steps", "12", "-o", file]) == 0
+    assert Schedule.load(file) == dataclasses.replace(Schedule.uniform(12, 3), order=1, lead=0.5)
 
 
 def test_what_is_fitted_alone_has_no_lead():

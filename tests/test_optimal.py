@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import smoothcache_fx as smoothcache
+from helpers.digits import digits_model
 from helpers.tolerances import REORDERED, assert_close
 from smoothcache_fx import Calibration, CalibrationError, Schedule
 from smoothcache_fx.calibration.effects import Effects
@@ -18,7 +19,6 @@ from smoothcache_fx.calibration.optimal import joint_plan
 from smoothcache_fx.calibration.products import Products
 from smoothcache_fx.calibration.segments import best_rows, segment_costs, share
 from smoothcache_fx.demo.sampler import sample
-from smoothcache_fx.demo.weights import load_model
 from smoothcache_fx.reports.compare import psnr, relative_l2
 from smoothcache_fx.schedules.coefficients import forecast_coefficients
 
@@ -31,7 +31,7 @@ def run(model, labels=(0, 1, 2, 3), steps=STEPS, seed=11):
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("cpu")
+    return digits_model()
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from torch import nn
 import smoothcache_fx as smoothcache
 from helpers.capture import Stack, capture, inputs
 from helpers.cases import Branch, Case, random_rows, randomize, run_trajectory
+from helpers.digits import digits_model
 from helpers.models import CASES
 from helpers.oracle import Oracle
 from helpers.tolerances import EXACT, SUMS, Tolerance, assert_as_exact, assert_close, assert_trajectories_close
 from smoothcache_fx import Schedule, ScheduleError
 from smoothcache_fx.demo.sampler import sample
-from smoothcache_fx.demo.weights import load_model
 from smoothcache_fx.passes.flops import count_flops
 from smoothcache_fx.passes.forecast import FORECAST
 from smoothcache_fx.passes.guard import guard, insert_guards, run_guarded
@@ -338,14 +338,14 @@ def test_on_a_trained_model_the_differences_lose_little(order, history_dtype):
     full, rounded = (
         sample(
             smoothcache.compile(
-                load_model(), Schedule(20, DEMO_ROWS, order=order, history_dtype=dtype), backend="eager"
+                digits_model(), Schedule(20, DEMO_ROWS, order=order, history_dtype=dtype), backend="eager"
             ),
             [0, 3, 5, 8],
             steps=20,
         )
         for dtype in (None, history_dtype)
     )
-    own, added = (full - sample(load_model(), [0, 3, 5, 8], steps=20)).norm(), (rounded - full).norm()
+    own, added = (full - sample(digits_model(), [0, 3, 5, 8], steps=20)).norm(), (rounded - full).norm()
     assert 0 < added and 20 * math.log10(own / added) >= 20
 
 

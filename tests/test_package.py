@@ -80,7 +80,7 @@ def test_contents(wheel):
     for folder, place in PACKAGES.items():
         for source in (ROOT / folder).rglob("*.py"):
             assert f"{place}/{source.relative_to(ROOT / folder).as_posix()}" in names
-    assert "smoothcache_fx/demo/digits_dit.safetensors" in names
+    assert {f"smoothcache_fx/demo/fashion_{name}.safetensors" for name in ("dit", "judge")} <= names
     assert any(name.endswith("/LICENSE") for name in names)
     assert not [name for name in names if "test" in name.lower()]
 

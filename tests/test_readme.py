@@ -85,10 +85,10 @@ def test_the_code_runs(page, tmp_path, monkeypatch, capsys):
     model = randomize(Denoiser(), 0).eval()
 
     @torch.no_grad()
-    def sample(model, seed):
+    def sample(model, seed, steps=50):
         x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(seed))
-        for step in range(50):
-            x = x - model(x, torch.full((2, 16), 1 - step / 50)) / 50
+        for step in range(steps):
+            x = x - model(x, torch.full((2, 16), 1 - step / steps)) / steps
         return x
 
     names = {"model": model, "sample": sample, "smoothcache": smoothcache, "torch": torch}

@@ -12,6 +12,7 @@ from torch import nn
 import smoothcache_fx as smoothcache
 from helpers.capture import Stack
 from helpers.cases import randomize
+from helpers.digits import digits_model
 from helpers.models import CASES
 from helpers.published_rule import PublishedCalibration, published_scan
 from helpers.tolerances import REORDERED
@@ -262,7 +263,7 @@ def test_weights_on_the_meta_device_are_refused(model):
 
 
 def measured_within(limit, **settings):
-    model = demo.load_model().eval()
+    model = digits_model()
     settings = {"order": None, "steps": 8, "max_history_bytes": limit, "progress": False, **settings}
     return smoothcache.calibrate(model, lambda model: demo.sample(model, torch.arange(4), steps=8), **settings)
 

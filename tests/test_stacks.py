@@ -14,11 +14,11 @@ from torch import nn
 import smoothcache_fx as smoothcache
 from helpers.capture import Block, Long, Stack, inputs, stacks_of
 from helpers.cases import randomize, run_trajectory
+from helpers.digits import digits_model
 from helpers.models import CASES
 from helpers.tolerances import REORDERED
 from smoothcache_fx import Schedule, ScheduleError
 from smoothcache_fx.compiled.forward import compiled_forward
-from smoothcache_fx.demo import load_model
 from smoothcache_fx.demo.sampler import sample
 from smoothcache_fx.passes.facts import MATMULS, packet
 from smoothcache_fx.passes.guard import CACHE
@@ -260,7 +260,7 @@ def test_a_dumped_variant_runs_and_a_stack_is_one_box(tmp_path):
 
 @pytest.fixture(scope="module")
 def calibrated():
-    model = load_model().eval()
+    model = digits_model()
 
     def run(model):
         return sample(model, torch.arange(4), steps=10)

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import smoothcache_fx as smoothcache
+from helpers.digits import digits_model
 from smoothcache_fx import Calibration, CalibrationError
 from smoothcache_fx.calibration.effects import Effects
 from smoothcache_fx.calibration.noise_levels import noise_levels_of
@@ -28,7 +29,6 @@ from smoothcache_fx.calibration.products import Products
 from smoothcache_fx.calibration.segments import reach
 from smoothcache_fx.calibration.site_errors import SiteErrors
 from smoothcache_fx.calibration.transfer import positions, resampled
-from smoothcache_fx.demo import load_model
 from smoothcache_fx.demo.sampler import sample
 
 LAGS = 5
@@ -261,7 +261,7 @@ def test_a_file_keeps_noise_levels(tmp_path):
 @pytest.fixture(scope="module")
 def digits():
     """The shipped model's calibration, with sensitivities, on four samples of 20 steps."""
-    model = load_model()
+    model = digits_model()
     run = {"labels": torch.arange(4), "steps": 20, "seed": 1}
     calibration = smoothcache.calibrate(model, lambda m: sample(m, **run), lags=8, order=2, progress=False)
     found = smoothcache.measure_sensitivity(

@@ -28,7 +28,7 @@ INTERPOLATED_SHRINKAGE = 1e-3
 #: good for others.
 FARTHEST = 3.0
 #: The share of a fitted plan's squared error by which steps add up as independent ones. With less, errors are made to
-#: undo each other that do not in other samples: on the demo's model, stacks, every 8th step of DDIM, PSNR is 37.7 dB
+#: undo each other that do not in other samples: on the DiT of digits, stacks, every 8th step of DDIM, PSNR is 37.7 dB
 #: with 0.1 and 40.7 with 0.5. Euler's samples hardly differ between 0.1 and 0.6.
 FIT_INDEPENDENT = 0.5
 

@@ -18,10 +18,7 @@ from .greedy import alpha_for, scan
 from .measurements import ALL, FIT, Measurements, group_flops
 from .optimal import independence, predicted_error
 from .planner import highest_order, optimal_rows, orders_predicted, warn_if_behind
-from .quality import QUALITIES
-
-#: How far ahead forecasts aim, by what samples shall be near: a step's output is best taken from its middle.
-LEADS = {"uncached": 0.0, "converged": 0.5}
+from .quality import LEADS, QUALITIES
 
 
 @dataclass(frozen=True)

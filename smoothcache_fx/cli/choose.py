@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.measurements import FIT, GRAINS
-from ..measure.metrics import METRICS
+from ..measure.metrics import METRICS, OVER
 from .command import add_sampler, command, order
 from .models import made_by, progress
 
@@ -30,6 +30,9 @@ def add(commands: Any) -> None:
     wanted.add_argument("--seconds", type=float, help="what one sampling run may take; steps are timed first")
     choose.add_argument(
         "--metric", choices=METRICS, default=METRICS[0], help="of cached samples beside uncached ones (psnr, in dB)"
+    )
+    choose.add_argument(
+        "--over", choices=OVER, default=OVER[0], help="of all samples together, or the mean or median of single ones"
     )
     choose.add_argument("-o", "--output", type=Path, required=True, help="schedule file to write")
     choose.add_argument(
@@ -56,6 +59,7 @@ def run(options: argparse.Namespace) -> None:
             speedup=options.speedup,
             seconds=options.seconds,
             metric=options.metric,
+            over=options.over,
             orders=options.orders,
             grains=options.grains,
             lags=options.lags,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.measurements import FIT
-from ..calibration.quality import QUALITIES
+from ..calibration.quality import LEADS, QUALITIES
 from ..schedules.schedule import HISTORY_DTYPES
 from .command import command, order
 
@@ -49,6 +49,12 @@ def add(commands: Any) -> None:
     schedule.add_argument(
         "--history-dtype", choices=HISTORY_DTYPES, help="store forecast history as differences in this dtype"
     )
+    schedule.add_argument(
+        "--target",
+        choices=tuple(LEADS),
+        default="uncached",
+        help="what samples shall be near; for converged, forecasts aim at the middle of their step",
+    )
     schedule.add_argument("-o", "--output", type=Path, help="schedule file to write")
     schedule.add_argument("--json", action="store_true", help="print JSON")
 
@@ -64,7 +70,8 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError("--solver, --rows and --max-variants are for --compute; --interval says the rows itself")
         if options.order == FIT:
             raise ValueError("--order fit needs a calibration: it fits the forecasts to what was measured")
-        schedule = dataclasses.replace(Schedule.uniform(options.steps, options.interval), order=options.order or 0)
+        schedule = Schedule.uniform(options.steps, options.interval)
+        schedule = dataclasses.replace(schedule, order=options.order or 0, lead=LEADS[options.target])
     elif options.calibration is None:
         raise ValueError("--alpha, --compute and --quality need a calibration file: smoothcache calibrate makes one")
     else:
@@ -77,6 +84,7 @@ def run(options: argparse.Namespace) -> None:
             rows=options.rows,
             max_variants=options.max_variants,
             quality=options.quality,
+            target=options.target,
             steps=options.steps,
         )
     schedule = dataclasses.replace(schedule, history_dtype=options.history_dtype)

@@ -1,6 +1,6 @@
-"""A small trained Diffusion Transformer of handwritten digits, to see SmoothCache work on without a download.
+"""A small trained Diffusion Transformer of Fashion-MNIST, to see SmoothCache work on without a download.
 
-Training, data and metrics need ``pip install "smoothcache_fx[demo]"``; the model and the sampler only torch.
+Weights and metrics need ``pip install "smoothcache_fx[demo]"``; the model and the sampler only torch.
 """
 
 from .model import DiT, randomize

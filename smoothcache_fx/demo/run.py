@@ -1,4 +1,4 @@
-"""The demo: calibrate, schedule, compile and sample the trained digits model, and measure all of it."""
+"""The demo: calibrate, schedule, compile and sample the trained model, and measure all of it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from ..plots import new_figure, plot_errors, plot_schedules, plot_site_errors
 from ..reports.compare import WIDE, psnr, spread_of
 from ..reports.report import report
 from ..schedules.schedule import Schedule
-from .data import load_digits
 from .extras import require
-from .metrics import Classifier, frechet_distance, real_frechet_distance
+from .judge import load_judge
 from .model import DiT
 from .sampler import sample
 from .weights import load_model
 
-#: Images sampled at a time, as many of each digit, with twice as many in the model for guidance.
+#: Images sampled at a time, as many of each class, with twice as many in the model for guidance.
 BATCH = 40
 EAGER, COMPILED = "eager", "torch.compile"
 #: Batches of each configuration at least, which take turns: one alone would not show how far times spread.
@@ -73,9 +72,9 @@ class Row:
 
 
 def calibration_trajectories(model: DiT, count: int, steps: int) -> Tensor:
-    """The paper's calibration: ``count`` trajectories, here one digit each; returns the samples."""
-    digits = (torch.tensor([seed % model.num_classes]) for seed in range(count))
-    return torch.cat([sample(model, digit, steps=steps, seed=1000 + seed) for seed, digit in enumerate(digits)])
+    """The paper's calibration: ``count`` trajectories, here of one class each; returns the samples."""
+    labels = (torch.tensor([seed % model.num_classes]) for seed in range(count))
+    return torch.cat([sample(model, label, steps=steps, seed=1000 + seed) for seed, label in enumerate(labels)])
 
 
 def run_demo(
@@ -104,10 +103,8 @@ def run_demo(
     tqdm = require("tqdm.auto").tqdm
     output.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    digits = load_digits()
-    classifier = Classifier()
-    model = load_model(device)
-    say(f"A {len(model.blocks)}-block DiT trained on {len(digits.images)} handwritten digits, on {device}.")
+    judge, model = load_judge(), load_model(device)
+    say(f"A {len(model.blocks)}-block DiT trained on Fashion-MNIST, on {device}.")
 
     calibration = calibrate(model, lambda model: calibration_trajectories(model, 10, steps))
     calibration.save(output / "calibration.json")
@@ -128,19 +125,19 @@ def run_demo(
         images = torch.cat(configuration.images)
         if configuration.name != COMPILED:
             configuration.psnr = statistics.median(map(psnr, uncached, images))
-        configuration.accuracy = classifier.accuracy(images, _labels(batches))
-        configuration.distance = frechet_distance(images, digits.held_out_images)
+        configuration.accuracy = judge.accuracy(images, _labels(batches))
+        configuration.distance = judge.frechet_distance(images)
     rows = _rows(configurations)
-    floor = real_frechet_distance(batches * BATCH)
+    floor = judge.real_frechet_distance(batches * BATCH)
     say("\n" + table(rows))
     if wide := [row.name for row in rows if row.spread > WIDE]:
         say(f"Unreliable times, rounds more than {WIDE:.0%} apart: {', '.join(wide)}. Is the machine busy?")
     say(
-        f"{batches * BATCH} images each; Frechet distance of real digits to held-out real digits {floor:.3f}; "
-        f"the classifier recognises {classifier.held_out_accuracy:.1%} of held-out real digits. PSNR: median over the "
+        f"{batches * BATCH} images each; Frechet distance of as many real images to held-out ones {floor:.2f}; "
+        f"the classifier recognises {judge.held_out_accuracy:.1%} of held-out real images. PSNR: median over the "
         "images, in dB, to torch.compile's of the same noise."
     )
-    _write(output, rows, floor, classifier.held_out_accuracy, batches * BATCH, table(rows))
+    _write(output, rows, floor, judge.held_out_accuracy, batches * BATCH, table(rows))
     _pictures(output, configurations, calibration, schedules, alphas)
     say(f"Pictures, schedules and figures are in {output}/")
     return rows
@@ -251,7 +248,7 @@ def table(rows: list[Row]) -> str:
             f"{row.speedup_over_eager:.2f}",
             "-" if row.psnr is None else f"{row.psnr:.1f}",
             "-" if row.accuracy is None else f"{row.accuracy:.1%}",
-            "-" if row.frechet_distance is None else f"{row.frechet_distance:.3f}",
+            "-" if row.frechet_distance is None else f"{row.frechet_distance:.2f}",
         )
         for row in rows
     ]

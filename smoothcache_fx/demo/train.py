@@ -1,15 +1,15 @@
-"""Train the demo's DiT on handwritten digits: ``python -m smoothcache_fx.demo.train``.
+"""Train the demo's DiT on Fashion-MNIST: ``python -m smoothcache_fx.demo.train``.
 
 Rectified flow (x_t = (1 - t) x_0 + t noise, the model predicts noise - x_0), AdamW, an exponential moving
 average of the weights, labels dropped in one case of ten for classifier-free guidance. Only the training
-split of the digits is seen. One thread by default: their number decides the order of sums, and so the last
-bits.
+split is seen. One thread by default: their number decides the order of sums, and so the last bits. With
+``--checkpoint`` a run that was cut short goes on where it was.
 
 The shipped weights come from the defaults; the log ended with::
 
-    step  3900 of 4000  loss 0.3276  2079 s
-    step  4000 of 4000  loss 0.3242  2117 s
-    500 samples: 100.0% recognised (held-out digits 99.4%), Frechet distance 0.582 (real 0.311)
+    step  9900 of 10000  loss 0.1888  4708 s
+    step 10000 of 10000  loss 0.1897  4754 s
+    1000 samples: 95.3% recognised (held-out images 91.0%), Frechet distance 0.67 (real 0.27)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,14 +27,16 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .data import Digits, load_digits
-from .metrics import Classifier, frechet_distance, real_frechet_distance
+from .data import FASHION_FOLDER, Images, load_fashion
+from .judge import load_judge
 from .model import DiT
 from .sampler import sample
 from .weights import WEIGHTS, load_model, save_model
 
 log = logging.getLogger(__name__)
 
+#: Of the model: 49 tokens, 12 blocks, 3.7 million parameters.
+CONFIG = {"image_size": 28, "patch_size": 4}
 LABEL_DROPOUT = 0.1
 WARM_UP_STEPS = 100
 EMA_DECAY = 0.998
@@ -49,12 +52,14 @@ def draw_timesteps(count: int, generator: Generator) -> Tensor:
     return torch.where(torch.rand(count, generator=generator) < 0.25, uniform, logit_normal)
 
 
-def flow_loss(model: DiT, digits: Digits, batch: int, generator: Generator) -> Tensor:
-    """The mean squared error of the velocity on a random batch."""
-    chosen = torch.randint(len(digits.images), (batch,), generator=generator)
-    clean = digits.images[chosen]
+def flow_loss(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor], data: Images, batch: int, null: int, generator: Generator
+) -> Tensor:
+    """The mean squared error of the velocity on a random batch; ``null`` is the label of none."""
+    chosen = torch.randint(len(data.images), (batch,), generator=generator)
+    clean = data.images[chosen]
     drop = torch.rand(batch, generator=generator) < LABEL_DROPOUT
-    labels = torch.where(drop, model.num_classes, digits.labels[chosen])
+    labels = torch.where(drop, null, data.labels[chosen])
     noise = torch.randn(clean.shape, generator=generator)
     t = draw_timesteps(batch, generator)
     share = t.view(-1, 1, 1, 1)
@@ -70,20 +75,40 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, step / WARM_UP_STEPS) * (0.02 + 0.98 * decay)
 
 
-def train(steps: int, batch: int, learning_rate: float, seed: int, output: Path) -> None:
-    """Train, and write the averaged weights to ``output``, every 500 steps and at the end."""
+def train(
+    data: Images,
+    output: Path,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+) -> None:
+    """Train, and write the averaged weights to ``output``, every 500 steps and at the end.
+
+    A ``checkpoint`` is written as often, and read first if it is there: a run that was cut short then ends as if it
+    had not been.
+    """
     torch.manual_seed(seed)
     generator = Generator().manual_seed(seed)
-    digits = load_digits()
-    model, average = DiT().train(), DiT().eval()
+    model, average = DiT(**CONFIG).train(), DiT(**CONFIG).eval()
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    done, before = 0, 0.0
+    if checkpoint is not None and checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        for name, part in (("model", model), ("average", average), ("optimizer", optimizer)):
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+        done, before = state["step"], state["seconds"]
+    compiled = torch.compile(model)
     losses: list[float] = []
-    start = time.perf_counter()
-    for step in range(1, steps + 1):
+    start = time.perf_counter() - before
+    for step in range(done + 1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, learning_rate)
-        loss = flow_loss(model, digits, batch, generator)
+        loss = flow_loss(compiled, data, batch, model.num_classes, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -93,39 +118,56 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, output: Path)
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         losses.append(loss.item())
         if step % 100 == 0:
+            mean = sum(losses[-100:]) / len(losses[-100:])
             elapsed = time.perf_counter() - start
-            log.info("step %5d of %d  loss %.4f  %4.0f s", step, steps, sum(losses[-100:]) / 100, elapsed)
+            log.info("step %5d of %d  loss %.4f  %4.0f s", step, steps, mean, elapsed)
         if step % 500 == 0 or step == steps:
             save_model(average, output)
+            if checkpoint is not None:
+                state = {"step": step, "seconds": time.perf_counter() - start, "generator": generator.get_state()}
+                state |= {"model": model.state_dict(), "average": average.state_dict()}
+                unfinished = checkpoint.with_suffix(".new")
+                torch.save(state | {"optimizer": optimizer.state_dict()}, unfinished)
+                unfinished.replace(checkpoint)
 
 
-def evaluate(model: DiT, count: int = 500) -> None:
-    """Log how well samples are recognised, and how far they are from held-out digits."""
-    digits, classifier = load_digits(), Classifier()
+def evaluate(model: DiT, count: int = 1000) -> None:
+    """Log how well samples are recognised, and how far they are from held-out images."""
+    judge = load_judge()
     labels = torch.arange(count) % model.num_classes
     images = sample(model, labels)
     log.info(
-        "%d samples: %.1f%% recognised (held-out digits %.1f%%), Frechet distance %.3f (real %.3f)",
+        "%d samples: %.1f%% recognised (held-out images %.1f%%), Frechet distance %.2f (real %.2f)",
         count,
-        100 * classifier.accuracy(images, labels),
-        100 * classifier.held_out_accuracy,
-        frechet_distance(images, digits.held_out_images),
-        real_frechet_distance(count),
+        100 * judge.accuracy(images, labels),
+        100 * judge.held_out_accuracy,
+        judge.frechet_distance(images),
+        judge.real_frechet_distance(count),
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="at its peak")
+    parser.add_argument("--data", default=FASHION_FOLDER, help=f"folder of the dataset's files ({FASHION_FOLDER})")
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="at its peak")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--checkpoint", type=Path, help="file to go on from, if it is there, and to write")
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     torch.set_num_threads(arguments.threads)
-    train(arguments.steps, arguments.batch, arguments.learning_rate, arguments.seed, arguments.output)
+    train(
+        load_fashion(arguments.data),
+        arguments.output,
+        steps=arguments.steps,
+        batch=arguments.batch,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+        checkpoint=arguments.checkpoint,
+    )
     evaluate(load_model(path=arguments.output))
 
 

@@ -11,7 +11,7 @@ import torch
 from .extras import require
 from .model import DiT
 
-WEIGHTS = Path(__file__).with_name("digits_dit.safetensors")
+WEIGHTS = Path(__file__).with_name("fashion_dit.safetensors")
 
 
 def save_model(model: DiT, path: str | PathLike[str] = WEIGHTS) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 
 from helpers.tolerances import COARSE, assert_close
 from smoothcache_fx.demo import extras
-from smoothcache_fx.demo.data import load_digits
-from smoothcache_fx.demo.metrics import Classifier, features, frechet_distance, real_frechet_distance
+from smoothcache_fx.demo.judge import load_judge
 from smoothcache_fx.demo.model import DiT, randomize
 from smoothcache_fx.demo.sampler import initial_noise, sample
 from smoothcache_fx.demo.weights import WEIGHTS, load_model, save_model
@@ -39,11 +37,6 @@ def inputs(model: DiT, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def trained() -> DiT:
     return load_model()
-
-
-@pytest.fixture(scope="module")
-def classifier() -> Classifier:
-    return Classifier()
 
 
 @pytest.mark.parametrize(
@@ -197,17 +190,6 @@ def test_a_module_wrapped_by_torch_compile_samples_alike():
     )
 
 
-def test_the_split_is_fixed_stratified_and_disjoint():
-    digits, again = load_digits(), load_digits()
-    assert digits.images.equal(again.images) and digits.held_out_labels.equal(again.held_out_labels)
-    assert digits.images.shape == (1437, 1, 8, 8) and digits.held_out_images.shape == (360, 1, 8, 8)
-    assert digits.images.min() == -1 and digits.images.max() == 1
-    held_out, trained_on = digits.held_out_labels.bincount(), digits.labels.bincount()
-    assert (held_out / (held_out + trained_on)).tolist() == pytest.approx([0.2] * 10, abs=0.01)
-    seen = {image.numpy().tobytes() for image in digits.images}
-    assert not any(image.numpy().tobytes() in seen for image in digits.held_out_images)
-
-
 def gated_shares(model: DiT) -> dict[str, list[float]]:
     """Of each branch, call by call: the norm of gate * branch, over that of the block's output."""
     shares: dict[str, list[float]] = {}
@@ -244,13 +226,12 @@ def test_weights_are_small_and_every_branch_carries_weight():
     assert weak <= {"blocks.0.attn"}, "of the first block's attention training has made little use"
 
 
-def test_samples_are_recognised_and_near_the_real_digits(trained, classifier):
-    labels = torch.arange(100) % 10
+def test_samples_are_recognised_and_near_the_real_images(trained):
+    judge, labels = load_judge(), torch.arange(100) % 10
     images = sample(trained, labels, steps=15)
-    assert classifier.accuracy(images, labels) >= 0.95
-    assert classifier.accuracy(images, (labels + 1) % 10) <= 0.05
-    held_out = load_digits().held_out_images
-    assert frechet_distance(images, held_out) < 2 * real_frechet_distance(100)
+    assert judge.accuracy(images, labels) >= 0.9
+    assert judge.accuracy(images, (labels + 1) % 10) <= 0.05
+    assert judge.frechet_distance(images) < 2 * judge.real_frechet_distance(100)
 
 
 def test_weights_come_back_as_they_were_saved(tmp_path):
@@ -274,69 +255,9 @@ def test_missing_or_foreign_weights_are_refused(tmp_path):
             load_model(path=tmp_path / f"{name}.safetensors")
 
 
-def test_the_classifier_knows_real_digits(classifier):
-    digits = load_digits()
-    assert classifier.held_out_accuracy >= 0.97
-    assert classifier.held_out_accuracy == classifier.accuracy(digits.held_out_images, digits.held_out_labels)
-    noise = initial_noise(200, (1, 8, 8), seed=0)
-    assert classifier.accuracy(noise, torch.arange(200) % 10) < 0.3
-
-
-def test_frechet_distance_is_zero_for_equal_sets_and_grows_with_what_is_wrong():
-    real = load_digits().held_out_images
-    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-8)
-    shifted = [frechet_distance(real + shift, real) for shift in (0.1, 0.3, 0.6)]
-    assert 0 < shifted[0] < shifted[1] < shifted[2]
-    floor = real_frechet_distance()
-    assert 0 < floor < real_frechet_distance(100)
-    collapsed = real[:36].repeat(10, 1, 1, 1)
-    assert frechet_distance(collapsed, real) > 2 * floor
-    assert frechet_distance(initial_noise(360, (1, 8, 8), seed=0), real) > 10 * floor
-
-
-def test_frechet_distance_of_gaussians_is_their_closed_form(monkeypatch):
-    """Independent features of known means and deviations: the sum of both differences, squared."""
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64))[0] * 8
-    centred = torch.cat((basis, -basis))
-    deviation = centred.std(dim=0)
-    monkeypatch.setattr("smoothcache_fx.demo.metrics.features", lambda images: images.flatten(1).double().numpy())
-    a, b = (centred * 3 + 1).view(-1, 1, 8, 8), (centred * 1 - 2).view(-1, 1, 8, 8)
-    expected = 64 * 3**2 + float((2 * deviation).square().sum())
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
-
-
-def test_features_are_deterministic_and_of_unit_variance():
-    images = load_digits().images
-    values = features(images)
-    assert values.shape == (1437, 32)
-    assert values.std(axis=0) == pytest.approx(1)
-    metrics = importlib.import_module("smoothcache_fx.demo.metrics")
-    metrics._feature_layer.cache_clear()
-    assert (features(images) == values).all()
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (torch.zeros(40, 8, 8), r"\[n, 1, 8, 8\].*got \[40, 8, 8\]"),
-        (torch.full((40, 1, 8, 8), float("nan")), "NaN or infinity"),
-        (torch.zeros(32, 1, 8, 8), "more images than the 32 features, got 32"),
-    ],
-)
-def test_metrics_refuse_what_they_cannot_judge(images, message):
-    with pytest.raises(ValueError, match=message):
-        frechet_distance(images, load_digits().held_out_images)
-
-
-def test_labels_that_are_not_one_an_image_are_refused(classifier):
-    with pytest.raises(ValueError, match=r"got \[3\] for 2 images"):
-        classifier.accuracy(torch.zeros(2, 1, 8, 8), torch.zeros(3, dtype=torch.long))
-
-
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r'sklearn.*pip install "smoothcache_fx\[demo\]"'):
-        load_digits()
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r'safetensors.*pip install "smoothcache_fx\[demo\]"'):
+        load_model()
     with pytest.raises(ImportError, match="needs no_such_module"):
         extras.require("no_such_module")
