@@ -67,7 +67,7 @@ def compiled(name="branches", **options):
     return smoothcache.compile(model, SCHEDULES[name], **{"backend": "eager", **options})
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.sampled_from(sorted(SCHEDULES)), min_size=2, max_size=4))
 def test_a_model_gives_what_one_gives_that_was_compiled_with_the_schedule(alone, names):
     model = compiled(names[0])
