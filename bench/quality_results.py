@@ -52,7 +52,7 @@ def beside(chosen: dict[str, Any], others: list[dict[str, Any]], figure: str, su
     """A figure of what was chosen beside the best of the others of its budget, and of as much wall time."""
     key = f"{figure}{suffix}"
     same_cost = {
-        row["method"]: row[key] for row in others if row["budget"] == chosen["budget"] and row[key] is not None
+        row["method"]: row[key] for row in others if row["budget"] == chosen["budget"] and row.get(key) is not None
     }
     if not same_cost:
         return {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .extras import require
 
 JUDGE = Path(__file__).with_name("fashion_judge.safetensors")
-FEATURES = 64
+FEATURES, CLASSES = 64, 10
 
 
 class JudgeNetwork(nn.Module):
@@ -29,7 +29,7 @@ class JudgeNetwork(nn.Module):
         self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
         self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
         self.hidden = nn.Linear(64 * 7 * 7, FEATURES)
-        self.head = nn.Linear(FEATURES, 10)
+        self.head = nn.Linear(FEATURES, CLASSES)
         self.dropout = nn.Dropout(0.3)
 
     def features(self, images: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Judge:
     def __init__(
         self, network: JudgeNetwork, real: Tensor, held_out: tuple[Tensor, Tensor], held_out_accuracy: float
     ) -> None:
-        """``real`` are features ``[n, 64]`` of training images, ``held_out`` mean and covariance of others'."""
+        """``real`` are features ``[n, 64]`` of training images, classes in turn; ``held_out`` mean and covariance."""
         self.network = network.eval()
         self.held_out_accuracy = held_out_accuracy
         self._scale = real.double().numpy().std(axis=0)
@@ -88,13 +88,13 @@ class Judge:
         return frechet_distance(statistics_of(self.features(images)), self._held_out)
 
     def real_frechet_distance(self, count: int, draws: int = 10) -> float:
-        """The floor for `frechet_distance`: of as many real training images, the mean over random draws.
+        """The floor for `frechet_distance`: of as many real training images, all classes alike, the mean over draws.
 
         Small sets lie farther apart, so give the number of samples that it shall stand beside.
         """
-        count = min(count, len(self._real))
         random = np.random.default_rng(0)
-        drawn = (self._real[random.permutation(len(self._real))[:count]] for _ in range(draws))
+        places = np.arange(len(self._real)).reshape(-1, CLASSES)
+        drawn = (self._real[random.permuted(places, axis=0).flatten()[:count]] for _ in range(draws))
         return sum(frechet_distance(statistics_of(values), self._held_out) for values in drawn) / draws
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ The shipped weights come from the defaults; the log ended with::
 
     step  9900 of 10000  loss 0.1888  4708 s
     step 10000 of 10000  loss 0.1897  4754 s
-    1000 samples: 95.3% recognised (held-out images 91.0%), Frechet distance 0.67 (real 0.27)
+    1000 samples: 95.1% recognised (held-out images 91.0%), Frechet distance 0.59 (real 0.17)
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ CONFIG = {"image_size": 28, "patch_size": 4}
 LABEL_DROPOUT = 0.1
 WARM_UP_STEPS = 100
 EMA_DECAY = 0.998
+#: Samples in a batch: with all in one, most of the time goes into memory.
+EVALUATED_AT_ONCE = 100
+#: Steps between two times that weights, and the checkpoint, are written.
+SAVED_EVERY = 500
 
 
 def draw_timesteps(count: int, generator: Generator) -> Tensor:
@@ -85,7 +89,7 @@ def train(
     seed: int = 0,
     checkpoint: Path | None = None,
 ) -> None:
-    """Train, and write the averaged weights to ``output``, every 500 steps and at the end.
+    """Train, and write the averaged weights to ``output``, now and then and at the end.
 
     A ``checkpoint`` is written as often, and read first if it is there: a run that was cut short then ends as if it
     had not been.
@@ -121,7 +125,7 @@ def train(
             mean = sum(losses[-100:]) / len(losses[-100:])
             elapsed = time.perf_counter() - start
             log.info("step %5d of %d  loss %.4f  %4.0f s", step, steps, mean, elapsed)
-        if step % 500 == 0 or step == steps:
+        if step % SAVED_EVERY == 0 or step == steps:
             save_model(average, output)
             if checkpoint is not None:
                 state = {"step": step, "seconds": time.perf_counter() - start, "generator": generator.get_state()}
@@ -135,7 +139,7 @@ def evaluate(model: DiT, count: int = 1000) -> None:
     """Log how well samples are recognised, and how far they are from held-out images."""
     judge = load_judge()
     labels = torch.arange(count) % model.num_classes
-    images = sample(model, labels)
+    images = torch.cat([sample(model, part, seed=seed) for seed, part in enumerate(labels.split(EVALUATED_AT_ONCE))])
     log.info(
         "%d samples: %.1f%% recognised (held-out images %.1f%%), Frechet distance %.2f (real %.2f)",
         count,

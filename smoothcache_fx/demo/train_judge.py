@@ -4,7 +4,7 @@ Adam, images shifted by up to two pixels. The shipped file comes from the defaul
 
     epoch 11 of 12  held-out accuracy 0.9097
     epoch 12 of 12  held-out accuracy 0.9103
-    real against held-out images, Frechet distance of 1000: 0.269
+    real against held-out images, Frechet distance of 1000: 0.166
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 BATCH = 128
 LEARNING_RATE = 1e-3
 SHIFT = 2
-#: Training images of each class whose features are kept.
+#: Training images of each class whose features are kept, for the floor of Frechet distances.
 REAL = 300
 
 
@@ -60,11 +60,17 @@ def train_judge(data: Images, epochs: int, seed: int, output: Path) -> None:
         held_out = accuracy(network, data.held_out_images, data.held_out_labels)
         log.info("epoch %2d of %d  held-out accuracy %.4f", epoch + 1, epochs, held_out)
         network.train()
-    network.eval()
-    with torch.no_grad():
-        real = network.features(data.images[each_class(data.labels, REAL)])
-        kept = torch.cat([network.features(part) for part in data.held_out_images.split(500)])
-    save_judge(network, real, kept, held_out, output)
+    save_statistics(network, data, output)
+
+
+@torch.no_grad()
+def save_statistics(network: JudgeNetwork, data: Images, output: Path) -> None:
+    """Write the classifier, and what it makes of the real images, with the weights as they are stored."""
+    network = network.eval().half().float()
+    real = network.features(data.images[each_class(data.labels, REAL)])
+    held_out = torch.cat([network.features(part) for part in data.held_out_images.split(500)])
+    recognised = accuracy(network, data.held_out_images, data.held_out_labels)
+    save_judge(network, real, held_out, recognised, output)
 
 
 @torch.no_grad()
@@ -75,9 +81,10 @@ def accuracy(network: JudgeNetwork, images: Tensor, labels: Tensor) -> float:
 
 
 def each_class(labels: Tensor, count: int) -> Tensor:
-    """Where the first ``count`` images of each class are, int64 ``[count * classes]``, in rising order."""
-    found = [(labels == label).nonzero().flatten()[:count] for label in labels.unique()]
-    return torch.cat(found).sort().values
+    """Where the first ``count`` images of each class are, or as many as all have: ``[n]``, classes in turn."""
+    found = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    count = min(count, *map(len, found))
+    return torch.stack([places[:count] for places in found], dim=1).flatten()
 
 
 def main() -> None:

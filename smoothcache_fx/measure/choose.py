@@ -28,7 +28,7 @@ from .sensitivity import measure_sensitivity
 log = logging.getLogger(__name__)
 
 #: How far ahead forecasts aim that are tried where samples shall be near a ``target``.
-LEADS = (0.0, 0.25, 0.5)
+TARGET_LEADS = (0.0, 0.25, 0.5)
 #: Schedules of one budget that are tried before a larger budget is, where a quality is asked for.
 TRIED = 3
 
@@ -222,7 +222,7 @@ def choose(
         calibrations, reference = [calibration], sample(model_or_pipeline)
     if target is not None:
         reference = target(model_or_pipeline)
-    leads = LEADS if target is not None else (0.0,)
+    leads = TARGET_LEADS if target is not None else (0.0,)
 
     if metric is None:
         as_vector(reference)  # raises where there is nothing that PSNR could be of

@@ -136,6 +136,20 @@ def test_images_are_shifted_by_up_to_two_pixels():
     assert moved.count_nonzero() == moved.numel() and moved.ne(1).sum() == moved.eq(-1).sum()
 
 
-def test_the_first_of_each_class():
+def test_the_first_of_each_class_in_turn():
     labels = torch.tensor([1, 0, 1, 1, 0, 2, 2, 2])
-    assert each_class(labels, 2).tolist() == [0, 1, 2, 4, 5, 6]
+    assert each_class(labels, 1).tolist() == [1, 0, 5]
+    assert each_class(labels, 9).tolist() == [1, 0, 5, 4, 2, 6], "as many of each as of the rarest"
+
+
+def test_the_floor_is_of_as_many_images_of_each_class(judge, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "smoothcache_fx.demo.judge.statistics_of", lambda values: drawn.append(values) or statistics_of(values)
+    )
+    judge.real_frechet_distance(200, draws=2)
+    logits = [judge.network.head(torch.from_numpy(values * judge._scale).float()) for values in drawn]
+    for values, logit in zip(drawn, logits, strict=True):
+        assert len(values) == 200
+        assert float((logit.argmax(1) == torch.arange(200) % 10).float().mean()) > 0.85
+    assert not np.array_equal(*drawn)
